@@ -1,0 +1,334 @@
+"""The compact U-Net the four method scripts share: one encoder, one middle, a decoder for every output.
+
+Two of the papers ask a network for two things at once, the image and the noise, so this U-Net returns a tuple:
+
+    t ── sinusoids ── MLP ── added inside every block
+                                                                     outputs[0], e.g. φ or x̂₀
+    x ─ conv ─ [32²] ─────────────── skips ─────────────── [32²] ─ GN, SiLU, conv
+                 ╲ ↓2                                   ↑2 ╱
+                 [16²] ∗ ─────────── skips ───────── ∗ [16²]          decoder 1
+                    ╲ ↓2                          ↑2 ╱
+                    [8²] ────────── skips ────────── [8²]             [..] = `blocks` residual blocks
+                       ╲ ↓2                    ↑2 ╱                          (one more in a decoder)
+                       [4²] ─────── skips ─────── [4²]                ∗    = with attention
+                          ╲                     ╱
+                           block ─ attention ─ block
+                                                ╲
+                                                 decoder 2: a full copy over the same skips    outputs[1], e.g. ε̂
+
+The resolutions are those of CIFAR-10 with mult=(1, 2, 2, 2). With second="decoder" (ADM's "U-Net+decoder") each further
+output has a decoder of its own; with second="conv" ("U-Net+conv") it has only two 3x3 convolutions on the feature map
+before the first output layer. The paper prints "stride 2" for them, which could not give an image of the input's size;
+here they have stride 1. With width=128, blocks=2 and one output this is DDPM's CIFAR-10 network (35.7 M parameters).
+
+    python unet.py [--device cuda]     parameters, FLOPs and images/s on this machine
+
+`fast` makes a call cheap where Python is slower than the GPU; the samplers stay plain loops.
+"""
+
+import argparse
+import datetime
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def norm(channels):
+    """GroupNorm with 32 groups or fewer, of at least 4 channels: one alone would lose its mean and its scale."""
+    return nn.GroupNorm(max(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4), channels)
+
+
+def conv(c_in, c_out, kernel=3, stride=1, zero=False):
+    """A padded convolution; with zero=True it starts at 0, so that what it ends contributes nothing at first."""
+    layer = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)
+    if zero:
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    return layer
+
+
+def time_embedding(t, dim):
+    """Sinusoids of continuous time, in t's precision.
+
+    t: [B] in [0, 1], scaled to DDPM's 0 to 1000. Returns [B, dim]; the periods run geometrically from 2π to 2π·10⁴ of
+    those units (Vaswani et al. 2017), so t and t + 1e-3 differ as neighbouring steps of a 1000-step model do.
+    """
+    freqs = torch.exp(-math.log(1e4) * torch.arange(dim // 2, dtype=t.dtype, device=t.device) / (dim // 2))
+    angles = 1000 * t[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, about 64 channels a head (the largest count of heads that divides C)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(n for n in range(1, max(1, channels // 64) + 1) if channels % n == 0)
+        self.norm, self.qkv = norm(channels), conv(channels, 3 * channels, kernel=1)
+        self.out = conv(channels, channels, kernel=1, zero=True)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
+        h = F.scaled_dot_product_attention(*qkv.unbind(1))                          # [B, heads, HW, C / heads]
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class Block(nn.Module):
+    """Residual block with time added between its convolutions, as in DDPM (Ho et al. 2020), and attention where
+    `attend`.
+
+    x: [B, c_in, H, W], emb: [B, emb] -> [B, c_out, H, W].
+    """
+
+    def __init__(self, c_in, c_out, emb, dropout, attend=False):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
+        self.time = nn.Linear(emb, c_out)
+        self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, zero=True)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out) if attend else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        h = h + self.time(emb)[:, :, None, None]         # behind the norm, which would take part of it out again
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.attention(self.skip(x) + h)
+
+
+class Decoder(nn.Module):
+    """The way back up: takes the encoder's features in reverse order. Returns [B, width, H, W], before the output
+    layer.
+    """
+
+    def __init__(self, skips, widths, blocks, attend, emb, dropout):
+        super().__init__()
+        skips, self.levels, self.up = list(skips), nn.ModuleList(), nn.ModuleList()
+        c = widths[-1]
+        for i, w in reversed(list(enumerate(widths))):
+            stack = nn.ModuleList()
+            for _ in range(blocks + 1):
+                stack.append(Block(c + skips.pop(), w, emb, dropout, attend[i]))
+                c = w
+            self.levels.append(stack)
+            self.up.append(conv(c, c) if i else nn.Identity())
+
+    def forward(self, h, skips, emb):
+        skips = list(skips)
+        for stack, up in zip(self.levels, self.up):
+            for block in stack:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            if skips:
+                h = up(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return h
+
+
+class UNet(nn.Module):
+    """The shared network: net(x, t) -> a tuple with one tensor [B, c, H, W] per entry c of `outputs`.
+
+    x: [B, channels, H, W] with H and W divisible by 2^(levels - 1) (ValueError otherwise). t: [B] in [0, 1]. width:
+    channels of the first level (divisible by 8); mult: each level's width over it; blocks: residual blocks a level.
+    attention: sizes; a level attends where size / 2^level is listed, whatever the size of the input. second:
+    "decoder" or "conv", what the second and further outputs are made by. Every output starts at zero.
+    """
+
+    def __init__(self, channels=3, outputs=(3, 3), width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,),
+                 dropout=0.1, size=32, second="decoder"):
+        super().__init__()
+        if width % 8 or width <= 0:
+            raise ValueError(f"the network's width must be a positive multiple of 8, not {width}")
+        if size % 2 ** (len(mult) - 1):
+            raise ValueError(f"{len(mult)} levels halve the image {len(mult) - 1} times: its size must be a multiple "
+                             f"of {2 ** (len(mult) - 1)}, not {size}")
+        if second not in ("decoder", "conv"):
+            raise ValueError(f"second must be 'decoder' or 'conv', not {second!r}")
+        widths, emb = [width * m for m in mult], 4 * width
+        attend = [size / 2 ** i in attention for i in range(len(widths))]
+        self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        self.first = conv(channels, width)
+
+        self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
+        skips, c = [width], width                        # the widths of what the decoders will be handed
+        for i, w in enumerate(widths):
+            stack = nn.ModuleList()
+            for _ in range(blocks):
+                stack.append(Block(c, w, emb, dropout, attend[i]))
+                c = w
+                skips.append(c)
+            self.encoder.append(stack)
+            if i + 1 < len(widths):
+                self.down.append(conv(c, c, stride=2))
+                skips.append(c)
+        self.middle = nn.ModuleList([Block(c, c, emb, dropout, attend=True), Block(c, c, emb, dropout)])
+
+        decoders = len(outputs) if second == "decoder" else 1
+        self.decoders = nn.ModuleList(Decoder(skips, widths, blocks, attend, emb, dropout) for _ in range(decoders))
+        self.heads = nn.ModuleList()
+        for i, c_out in enumerate(outputs):
+            branch = [conv(width, width), nn.SiLU()] if i >= decoders else []
+            self.heads.append(nn.Sequential(norm(width), nn.SiLU(), *branch, conv(width, c_out, zero=True)))
+
+    def forward(self, x, t):
+        stride = 2 ** len(self.down)
+        if x.shape[-2] % stride or x.shape[-1] % stride:
+            raise ValueError(f"this U-Net halves its input {len(self.down)} times: height and width must be multiples "
+                             f"of {stride}, not {x.shape[-2]}x{x.shape[-1]}")
+        emb = self.time(time_embedding(t.to(x.dtype), self.first.out_channels))
+        h = self.first(x)
+        skips = [h]
+        for i, stack in enumerate(self.encoder):
+            for block in stack:
+                h = block(h, emb)
+                skips.append(h)
+            if i < len(self.down):
+                h = self.down[i](h)
+                skips.append(h)
+        for block in self.middle:
+            h = block(h, emb)
+        features = [decoder(h, skips, emb) for decoder in self.decoders]
+        return tuple(head(features[min(i, len(features) - 1)]) for i, head in enumerate(self.heads))
+
+
+def fast(net, x, t):
+    """`net` as a callable of the same signature that costs the GPU's time and not Python's.
+
+    On CUDA the call is captured once, for the shapes of x [B, C, H, W] and t [B], into a CUDA graph; each later call
+    copies its inputs into the graph's buffers, replays it and returns copies, so a multistep solver may keep the last
+    output. A call of another shape or dtype runs uncaptured. On every other device this is `net` itself. `net` must
+    be in evaluation mode, must not synchronise with the CPU, and its weights must stay where they are (in-place
+    changes are seen).
+    """
+    if x.device.type != "cuda":
+        return net
+    with torch.no_grad():
+        x_static, t_static = x.clone(), t.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):                  # cuDNN picks its algorithms here, outside of the capture
+            for _ in range(3):
+                net(x_static, t_static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = net(x_static, t_static)
+
+    def replay(x, t):
+        if (x.shape, x.dtype, t.shape) != (x_static.shape, x_static.dtype, t_static.shape):
+            return net(x, t)
+        x_static.copy_(x), t_static.copy_(t)
+        graph.replay()
+        return tuple(out.clone() for out in captured)
+
+    return replay
+
+
+def use_bf16(precision, device):
+    """Whether the network computes in bfloat16. precision: auto (on a GPU that has it), fp32 or bf16."""
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return precision == "bf16" or (precision == "auto" and native)
+
+
+def parallel(net, device, world=1, compile=False):
+    """The network to call in training: compiled by flag, and with gradients averaged between `world` processes."""
+    if compile:
+        net = torch.compile(net)
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        net = nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+    return net
+
+
+def seconds(call, device, repeats=5):
+    """The median time of call() in seconds, after one warm-up call, waiting for the device each time."""
+    def once():
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+    once()
+    return sorted(once() for _ in range(repeats))[repeats // 2]
+
+
+def warn_cost(model, shape, batch_size, steps, device):
+    """Without a GPU, time the network and say what the training ahead will cost, where that is over half an hour."""
+    if device.type != "cpu":
+        return
+    x, t = torch.zeros(2, *shape), torch.full((2,), 0.5)
+    with torch.no_grad():
+        step = 3 * batch_size / 2 * seconds(lambda: model(x, t), device, repeats=3)     # about three forward passes
+    if step * steps > 1800:
+        time_left = datetime.timedelta(seconds=round(step * steps))
+        print(f"no GPU here: at about {step:.2g} s a step, {steps} steps take {time_left}. Ctrl-C saves, and the same "
+              f"command goes on; a smaller --width, --blocks, --batch-size or --iterations costs less.", flush=True)
+
+
+def flops(net, x, t):
+    """Floating-point operations of one call (a multiplication and an addition are two), by torch's own counter."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        net(x, t)                                        # the counter has no formula for every fused attention
+    return counter.get_total_flops()
+
+
+def training_step(net, x, t, optimizer, bf16=False):
+    """A training step's work on any loss: forward, backward, optimizer. For timing."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        out = net(x, t)
+    sum(o.float().square().mean() for o in out).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def report(name, batch, device, compile=False, **arguments):
+    """Print the parameters, FLOPs and images/s of UNet(**arguments) for a training step and a sampling call on this
+    device.
+    """
+    net = UNet(**arguments).to(device, memory_format=torch.channels_last)
+    size, channels = arguments.get("size", 32), arguments.get("channels", 3)
+    x = torch.randn(batch, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    t = torch.rand(batch, device=device)
+    bf16 = use_bf16("auto", device)
+    work = flops(net, x[:1], t[:1])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
+    model = parallel(net, device, compile=compile)
+    train = seconds(lambda: training_step(model, x, t, optimizer, bf16), device)
+    net.eval()
+
+    def call(x, t):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            return net(x, t)
+    with torch.no_grad():
+        model = fast(call, x, t)
+        draw = seconds(lambda: model(x, t), device)
+    parameters = sum(p.numel() for p in net.parameters())
+    print(f"{name:24} {parameters / 1e6:6.2f} M parameters {work / 1e9:8.3f} GFLOPs a call   "
+          f"training {batch / train:8,.1f} images/s ({3 * work * batch / train / 1e12:6.2f} TFLOP/s)   "
+          f"sampling {batch / draw:8,.1f} images/s and call", flush=True)
+
+
+def main(argv=None):
+    """The command line: what the networks of the demo and of CIFAR-10 cost on this machine."""
+    parser = argparse.ArgumentParser(prog="python unet.py", description="What the shared U-Net costs on this machine.")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the GPU where there is one")
+    parser.add_argument("--batch-size", type=int, help="images a call (default: 128 on a GPU, 8 on a CPU)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    batch = args.batch_size or (128 if device.type == "cuda" else 8)
+    torch.backends.cudnn.benchmark = True
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"PyTorch {torch.__version__}, {where}, batches of {batch}, {'bf16' if use_bf16('auto', device) else 'fp32'}")
+    demo = {"width": 32, "mult": (1, 2, 2), "blocks": 1, "attention": (8,), "size": 16, "dropout": 0.0}
+    report("demo (shapes, 16x16)", batch, device, args.compile, **demo, second="conv")
+    report("CIFAR-10, one output", batch, device, args.compile, outputs=(3,))
+    report("CIFAR-10, U-Net+conv", batch, device, args.compile, second="conv")
+    report("CIFAR-10, U-Net+decoder", batch, device, args.compile)
+
+
+if __name__ == "__main__":
+    main()
