@@ -1,0 +1,688 @@
+"""What is not diffusion: images in; pictures, checkpoints and progress out; devices, processes and the common flags.
+
+The four method scripts share this file, so that they can be nothing but their papers. A dataset is one uint8 array; a
+checkpoint is one file of plain types and tensors; every random draw is a function of (seed, step) or (seed, image).
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import datetime
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import pickle
+import signal
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, PngImagePlugin
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+class Problem(Exception):
+    """A sentence for the user: what is wrong and what to do; with the exit status, 2 for bad arguments, else 1."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+def command(main):
+    """Decorator for a script's main(argv=None): a Problem becomes a sentence on stderr and an exit status."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except Problem as problem:
+            sys.stdout.flush()
+            print(f"{pathlib.Path(main.__code__.co_filename).stem}: {problem}", file=sys.stderr)
+            raise SystemExit(problem.status) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return wrapped
+
+
+@contextlib.contextmanager
+def explained(doing, path):
+    """Turn the system's errors while `doing` something with `path` (full disk, no permission ...) into a Problem."""
+    try:
+        yield
+    except OSError as error:
+        raise Problem(f"cannot {doing} {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def bad_arguments():
+    """Turn a ValueError, with which pure functions refuse what they can't do, into a Problem with exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise Problem(str(error), 2) from error
+
+
+# ------------------------------------------------------------------------------------------------------ randomness
+
+def seed(*numbers):
+    """One well-mixed 63-bit seed from whole numbers >= 0, such as (seed, step): neighbours give unrelated streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def image_generators(run_seed, images):
+    """A CPU generator for every image number: image i is a function of (seed, i) alone, on every device alike."""
+    return [torch.Generator().manual_seed(seed(run_seed, i)) for i in images]
+
+
+def randn(like, generator=None):
+    """Standard normal noise, shaped and placed as `like` [B, ...]. generator: None, one, or a list of B."""
+    if isinstance(generator, (list, tuple)):
+        rows = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator]
+        return torch.stack(rows).to(like.device)
+    device = generator.device if generator else like.device
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+Processes = collections.namedtuple("Processes", "device rank world")
+
+
+def start(device="auto"):
+    """Choose the device and, under torchrun, join the other processes. device: auto, cpu, cuda or mps -> Processes."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, available in there.items() if available)
+    if not there[device]:
+        raise Problem(f"PyTorch finds no {device} device on this machine: use --device cpu", 2)
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise Problem(f"this machine has {torch.cuda.device_count()} GPUs: start no more processes than that", 2)
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if world > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Processes(torch.device(device), rank, world)
+
+
+def barrier(processes):
+    """Wait for the other processes, where there are any."""
+    if processes.world > 1:
+        dist.barrier()
+
+
+def share(batch_size, processes):
+    """This process's slice of a global batch; a Problem where the processes can't share it evenly."""
+    part, rest = divmod(batch_size, processes.world)
+    if rest:
+        raise Problem(f"--batch-size {batch_size} can't be shared evenly between {processes.world} processes", 2)
+    return slice(processes.rank * part, (processes.rank + 1) * part)
+
+
+# -------------------------------------------------------------------------------------------------------- datasets
+
+CROPS = {           # how the papers cut their images: side of the centred square that is resized; None: the largest
+    "cifar10": None,        # 32x32 as they are
+    "celeba": 140,          # of the aligned 178x218, as DDIM does; to 64
+    "celebahq": None,       # 1024x1024, only resized; to 256
+    "lsun-church": None,    # to 64, 128 or 256
+    "folder": None,
+}
+
+
+def load(name, data_dir, size, processes):
+    """The training images of a dataset as one uint8 tensor [N, C, size, size], memory-mapped, or on a GPU where it
+    fits.
+
+    Made once by the first process, from torchvision's CIFAR-10 or a folder of images (data_dir itself, or
+    data_dir/name), into an .npy file, and only mapped afterwards. Raises Problem.
+    """
+    if name == "shapes":
+        return torch.from_numpy(shapes(5000, size)).to(processes.device)
+    data_dir = pathlib.Path(data_dir)
+    path, whole, files = data_dir / f"{name}-train-{size}.npy", data_dir / "cifar10-train-32.npy", []
+    if name == "folder":                            # cached here, keyed by the listing, and not in the user's folder
+        files = listing(data_dir, name)
+        state = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+        path = pathlib.Path(f"data/folder-{hashlib.sha256(state.encode()).hexdigest()[:16]}-train-{size}.npy")
+    if processes.rank == 0 and not path.exists():
+        if name == "cifar10":
+            pixels = read_array(whole, 32).transpose(0, 2, 3, 1) if whole.exists() else download_cifar10(data_dir)
+            write_array(path, pixels, lambda item: square(Image.fromarray(item), size), 3)
+        else:
+            files = files or listing(data_dir / name, name)
+            channels = 1 if all(open_image(file, header=True) for file in files) else 3
+            write_array(path, files, lambda file: square(open_image(file), size, CROPS[name]), channels)
+    barrier(processes)
+    images, device = torch.from_numpy(read_array(path, size)), processes.device
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+    return images.to(device) if fits else images
+
+
+def read_array(path, size):
+    """Map an .npy of the project's format, uint8 [N, 1 or 3, size, size]; a Problem for anything else."""
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise Problem(f"{path} is damaged or no .npy file ({error}): delete it, and it is made again") from error
+    if array.dtype != np.uint8 or not len(array) or array.shape[1:] not in ((1, size, size), (3, size, size)):
+        raise Problem(f"{path} holds {array.dtype} {list(array.shape)}, not uint8 [N, 1 or 3, {size}, {size}]: move it")
+    return array
+
+
+def download_cifar10(root):
+    """torchvision's CIFAR-10, uint8 [50000, 32, 32, 3], downloaded into `root` where it is not there."""
+    from torchvision.datasets import CIFAR10
+    try:
+        return CIFAR10(str(root), train=True, download=True).data
+    except Exception as error:              # the network, the disk, a checksum: torchvision raises many kinds
+        raise Problem(f"CIFAR-10 is not in {root} and cannot be downloaded ({first_line(error)}): point --data-dir at "
+                      f"a folder that has torchvision's copy, or cifar10-train-32.npy") from error
+
+
+def listing(folder, name):
+    """All image files below a folder, sorted; a Problem where there are none."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    if not folder.is_dir():
+        raise Problem(f"--dataset {name} reads a folder of images, but {folder} is none: say where with --data-dir", 2)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and f.is_file())
+    if not files:
+        raise Problem(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)}), nor have its subfolders", 2)
+    return files
+
+
+def open_image(file, header=False):
+    """A Pillow image, RGB or L; with header=True only whether it is greyscale. A Problem names an unreadable file."""
+    try:
+        with Image.open(file) as image:
+            grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+            if header:
+                return grey
+            if image.mode.startswith("I"):                      # 16 bits, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            return image.convert("L" if grey else "RGB")
+    except Exception as error:              # Pillow's decoders raise many kinds for a broken file
+        raise Problem(f"{file} is not a readable image ({error}): remove it, or mend it") from error
+
+
+def square(image, size, crop=None):
+    """A centred square (of `crop` pixels, or the largest) of a Pillow image, resized: uint8 [C, size, size]."""
+    side = min(crop or min(image.size), *image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.BOX if side % size == 0 else Image.LANCZOS)
+    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+
+
+def write_array(path, items, read, channels):
+    """Write read(item) [C, S, S] of every item into one .npy, under a temporary name that is then renamed."""
+    partial, live = path.with_name(f".{path.name}.{os.getpid()}.partial"), Live()
+    with explained("write", path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (len(items), channels, *read(items[0]).shape[1:])
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+            with concurrent.futures.ThreadPoolExecutor() as pool:           # Pillow decodes outside of Python's lock
+                for k in range(0, len(items), 1000):
+                    for i, image in enumerate(pool.map(read, items[k:k + 1000]), k):
+                        array[i] = image                                    # grey fills equal channels
+                    live(f"{path.name}: {i + 1} of {len(items)} images", last=i + 1 == len(items))
+            array.flush()
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def shapes(n, size):
+    """The embedded dataset: disks, rings, squares, triangles and crosses in four colours, uint8 [n, 3, size, size].
+
+    One shape an image, near the centre, drawn by Pillow at four times the size and averaged down; the same everywhere.
+    """
+    random, big, ground = np.random.default_rng(0), 4 * size, (16, 20, 40)
+    colours = [(235, 70, 60), (250, 200, 50), (80, 200, 110), (90, 150, 250)]
+    images = np.empty((n, size, size, 3), np.uint8)
+    for i in range(n):
+        r = big * random.uniform(0.30, 0.38)
+        x, y = big / 2 + big * random.uniform(-0.1, 0.1, 2)
+        fill = colours[random.integers(len(colours))]
+        image = Image.new("RGB", (big, big), ground)
+        draw, kind = ImageDraw.Draw(image), i % 5
+        if kind == 0:
+            draw.ellipse([x - r, y - r, x + r, y + r], fill)
+        elif kind == 1:
+            draw.ellipse([x - r, y - r, x + r, y + r], outline=fill, width=round(0.4 * r))
+        elif kind == 2:
+            draw.rectangle([x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r], fill)
+        elif kind == 3:
+            draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
+        else:
+            draw.rectangle([x - r, y - 0.33 * r, x + r, y + 0.33 * r], fill)
+            draw.rectangle([x - 0.33 * r, y - r, x + 0.33 * r, y + r], fill)
+        images[i] = np.asarray(image.reduce(4))
+    return images.transpose(0, 3, 1, 2).copy()
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """[-1, 1] -> uint8, clamped; the exact inverse of `to_float`."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw_batch(images, batch_size, generator, mine=slice(None)):
+    """x0 [b, C, H, W] in [-1, 1], on the generator's device: a batch drawn with replacement, each image flipped by a
+    coin.
+
+    mine: this process's slice of the global batch; all processes draw the same one.
+    """
+    device = generator.device
+    index = torch.randint(len(images), (batch_size,), generator=generator, device=device)[mine]
+    flip = (torch.rand(batch_size, generator=generator, device=device) < 0.5)[mine]
+    x0 = to_float(images[index.to(images.device)].to(device))
+    return torch.where(flip[:, None, None, None], x0.flip(-1), x0)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+def write_atomically(path, content):
+    """Write bytes under a temporary name, flush, and rename: a kill at any moment leaves a whole file."""
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with explained("write", path):
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state):
+    """Replace the checkpoint at `path` by `state`, a dictionary of plain types and tensors."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path):
+    """A checkpoint's dictionary (network, method, model, ema, optimizer, step), on the CPU.
+
+    Raises Problem for a missing, truncated, foreign or malicious file; nothing in it is ever executed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # of a foreign pickle's protocol: the sentence below says it
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Problem(f"there is no checkpoint at {path}: train first, or say where with --run") from None
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as error:
+        raise Problem(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
+    wanted = {"network": dict, "method": dict, "model": dict, "ema": dict, "optimizer": dict, "step": int}
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in wanted.items()):
+        raise Problem(f"{path} is no checkpoint of this project: it has not all of {', '.join(wanted)}")
+    return state
+
+
+def digest(path):
+    """A short name for a file, by its content."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
+
+
+def first_line(error):
+    """What an error says, cut to one line."""
+    return (str(error) or type(error).__name__).splitlines()[0][:160]
+
+
+def restore(run, checkpoint, **parts):
+    """Load a checkpoint's model, ema or optimizer into the objects given; returns its step (0 without a checkpoint)."""
+    if checkpoint is None:
+        return 0
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Problem(f"{run}/checkpoint.pt does not fit the network it describes: {first_line(error)}") from error
+    return checkpoint["step"]
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+class Live:
+    """A live line: rewritten in place on a terminal, printed every ten seconds elsewhere, and always at the last."""
+
+    def __init__(self):
+        self.shown = -math.inf
+
+    def __call__(self, line, last=False):
+        terminal, now = sys.stdout.isatty(), time.monotonic()
+        if last or now - self.shown >= (0.2 if terminal else 10):
+            print(f"\r\x1b[K{line}" if terminal else line, end="\n" if last or not terminal else "", flush=True)
+            self.shown = now
+
+
+class Training:
+    """The frame around a training loop, so that the loop itself shows only the paper's step:
+
+        with Training(run, snapshot, start, iterations, batch_size, processes) as training:
+            for step in training:
+                ...
+                training.record(values, t, grad_norm, lr)
+
+    It yields the steps to do; keeps the progress line and log.jsonl; saves snapshot(step) every `save_every` seconds,
+    at the last step, and before it exits on Ctrl-C (130) or SIGTERM (143), all processes at the same step; and stops
+    with a Problem when the loss or its gradient is not finite, leaving the last good checkpoint.
+    """
+
+    bins = 5        # of t in [0, 1], for the loss per time bin
+
+    def __init__(self, run, snapshot, start, iterations, batch_size, processes, save_every=60.0):
+        self.run, self.snapshot, self.start, self.iterations = pathlib.Path(run), snapshot, start, iterations
+        self.batch_size, self.processes, self.save_every, self.signal = batch_size, processes, save_every, 0
+        self.log, self.live = self.run / "log.jsonl", Live()
+        if processes.rank == 0:
+            with explained("use", self.run):
+                self.run.mkdir(parents=True, exist_ok=True)
+                if self.log.exists():       # what came after the checkpoint, half a line perhaps, is done again
+                    kept = [line for line in self.log.read_text().splitlines(True) if line.endswith("}\n")]
+                    kept = [line for line in kept if json.loads(line)["step"] <= start]
+                    write_atomically(self.log, "".join(kept).encode())
+
+    def __enter__(self):
+        self.handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
+    def _catch(self, number, frame):
+        self.signal = number
+
+    def __iter__(self):
+        self.began = self.saved = self.logged = self.looked = time.monotonic()
+        self._reset()
+        for step in range(self.start, self.iterations):
+            yield step
+            self._after(step + 1)
+
+    def _reset(self):
+        device = self.processes.device
+        self.sums = torch.zeros(2, self.bins, device=device)        # loss and count of every time bin
+        self.health = torch.zeros((), device=device)                # 0, or not finite
+        self.steps = 0
+
+    def record(self, values, t, grad_norm, lr):
+        """Note a step: its losses [b], their times [b], the gradient's norm, and the learning rate."""
+        values = values.detach().float()
+        bins = (t * self.bins).long().clamp(0, self.bins - 1)
+        self.sums[0].index_add_(0, bins, values)
+        self.sums[1].index_add_(0, bins, torch.ones_like(values))
+        self.health += 0 * (values.sum() + grad_norm)
+        self.steps, self.lr = self.steps + 1, lr
+
+    def _after(self, step):
+        now, last = time.monotonic(), step == self.iterations
+        stop = self._agree(step, last)
+        save = bool(last or stop or now - self.saved >= self.save_every)
+        if not save and now - self.looked < 1:      # looking at the numbers makes a GPU wait
+            return
+        self.looked = now
+        if not torch.isfinite(self.health):
+            raise Problem(f"the loss or its gradient is not finite at step {step}: stopped, and the last checkpoint is "
+                          f"as it was; try a lower --lr")
+        if self.processes.rank == 0:
+            self._report(step, now, bool(last or stop))
+            if save:
+                save_checkpoint(self.run / "checkpoint.pt", self.snapshot(step))
+                self.saved = time.monotonic()
+            if stop:
+                print(f"stopped by {signal.Signals(stop).name} at step {step}; saved {self.run}/checkpoint.pt: the "
+                      f"same command goes on", flush=True)
+        if last or stop:
+            barrier(self.processes)                 # the others may now read the checkpoint
+        if stop:
+            raise SystemExit(128 + stop)
+
+    def _agree(self, step, last):
+        """The signal that any process got, so that all stop at one step. GPUs ask now and then: it makes them wait."""
+        if self.processes.world == 1:
+            return self.signal
+        if last or (self.processes.device.type == "cuda" and step % 20):
+            return 0
+        stop = torch.tensor(self.signal, device=self.processes.device)
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        return int(stop)
+
+    def _report(self, step, now, last):
+        sums, seconds = self.sums.tolist(), max(now - self.logged, 1e-9)
+        loss, rate = sum(sums[0]) / max(1, sum(sums[1])), self.steps * self.batch_size / seconds
+        left = (now - self.began) / max(1, step - self.start) * (self.iterations - step)
+        left = datetime.timedelta(seconds=round(left))
+        self.live(f"step {step}/{self.iterations}   loss {loss:.4f}   {rate:,.0f} images/s   {left} left", last)
+        if last or seconds >= 10:
+            line = {"step": step, "loss": loss, "loss_by_time": [s / n if n else None for s, n in zip(*sums)],
+                    "images_per_s": round(rate, 2), "lr": self.lr, "seconds": round(now - self.began, 2)}
+            with explained("write", self.log), open(self.log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            self._reset()
+            self.logged = now
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+def picture(images, columns=None, labels=()):
+    """uint8 images [N, C, H, W] as one Pillow image, small ones enlarged, with a label above every column if given."""
+    from torchvision.utils import make_grid
+    zoom, gap, head = max(1, round(64 / max(images.shape[-2:]))), 2, 14 if labels else 0
+    tiles = images.cpu().repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    tiles = make_grid(tiles, columns or math.ceil(math.sqrt(len(images))), gap, pad_value=255).permute(1, 2, 0)
+    canvas = Image.new("RGB", (tiles.shape[1], head + tiles.shape[0]), "white")
+    canvas.paste(Image.fromarray(tiles.numpy()), (0, head))
+    for j, label in enumerate(labels):
+        ImageDraw.Draw(canvas).text((gap + j * (zoom * images.shape[-1] + gap), 1), label, fill="black")
+    return canvas
+
+
+def save_png(image, path, **text):
+    """Write a Pillow image atomically as PNG, with text chunks."""
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    for key, value in text.items():
+        info.add_text(key, value)
+    image.save(buffer, "PNG", pnginfo=info)
+    write_atomically(path, buffer.getvalue())
+
+
+def trajectory(frames, images=4, most=11):
+    """The picture that teaches: for each of a few images a row of x_t and under it the estimate x̂0, from noise to
+    image.
+
+    frames: list of (t, x_t [B, C, H, W], x̂0 [B, C, H, W]) in the sampler's order; at most `most` are shown, evenly.
+    """
+    frames = [frames[i] for i in sorted({round(i * (len(frames) - 1) / (most - 1)) for i in range(most)})]
+    rows = [to_uint8(frame[k][i]) for i in range(min(images, len(frames[0][1]))) for k in (1, 2) for frame in frames]
+    return picture(torch.stack(rows), len(frames), [f"t={t:.3g}" for t, _, _ in frames])
+
+
+def sample_folder(draw, n, folder, batch_size, identity, processes):
+    """Write images 0 .. n-1 as folder/000000.png ... and nothing else, skipping those there; returns how many were
+    missing.
+
+    identity: text that names the run, seed and solver, kept inside every PNG; a folder with anything else is refused.
+    """
+    folder = pathlib.Path(folder)
+    with explained("use", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        there = sorted(f.name for f in folder.iterdir() if not f.name.endswith(".partial"))
+    for name in there[:1] + there[-1:]:
+        with contextlib.suppress(OSError), Image.open(folder / name) as image:
+            if image.info.get("sample") == identity:
+                continue
+        raise Problem(f"{folder} holds {name}, which is not of this sampling run ({identity}): choose another --out")
+    barrier(processes)
+    missing = sorted({f"{i:06}.png" for i in range(n)} - {*there})
+    mine, live, began = missing[processes.rank::processes.world], Live(), time.monotonic()
+    for k in range(0, len(mine), batch_size):
+        names = mine[k:k + batch_size]
+        for name, image in zip(names, to_uint8(draw([int(name[:-4]) for name in names])).cpu()):
+            pixels = image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
+            save_png(Image.fromarray(pixels), folder / name, sample=identity)
+        if processes.rank == 0:
+            done, seconds = k + len(names), time.monotonic() - began
+            live(f"{done} of {len(mine)} images   {done / seconds:,.1f} images/s each process", done == len(mine))
+    barrier(processes)
+    return len(missing)
+
+
+def draw_samples(draw, batch_size, run, args, identity, processes):
+    """What --sample does, and the lines that say so.
+
+    draw(numbers, watch=None) -> [b, C, H, W] in [-1, 1]; identity: a dictionary of what makes the images what they are.
+    """
+    text = ", ".join(f"{key} {flag(value)}" for key, value in identity.items() if value not in (None, False))
+    if args.out:
+        missing = sample_folder(draw, args.n, args.out, batch_size, text, processes)
+        if processes.rank == 0:
+            print(f"sampled: {text}\nwrote {missing} PNGs into {args.out}, which has {args.n} now", flush=True)
+    elif processes.rank == 0:
+        parts, frames, live, began = [], [], Live(), time.monotonic()
+        for k in range(0, args.n, batch_size):
+            parts.append(to_uint8(draw(range(k, min(args.n, k + batch_size)))).cpu())
+            live(f"{min(args.n, k + batch_size)} of {args.n} images", k + batch_size >= args.n)
+        rate = args.n / (time.monotonic() - began)
+        draw(range(min(4, args.n)), watch=lambda t, x, x0: frames.append((t, x.cpu(), x0.cpu())))
+        save_png(picture(torch.cat(parts)), run / "samples.png", sample=text)
+        save_png(trajectory(frames), run / "trajectory.png", sample=text)
+        files = [run / name for name in ("samples.png", "trajectory.png", "checkpoint.pt", "log.jsonl")]
+        print(f"sampled: {text}; {args.n} images at {rate:,.1f} images/s")
+        print("wrote " + ", ".join(str(file) for file in files if file.exists()), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+CHANGEABLE = {"iterations", "data_dir"}     # of a checkpoint's settings; the machine's flags are no part of them
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a whole (int) or real (float) number in [low, high], or in (low, high] with above=True."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value <= high if above else low <= value <= high):
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be {'more than' if above else 'at least'} {low}{most}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def flag(value):
+    """A setting as one would type it."""
+    return (" ".join(map(str, value)) or "none") if isinstance(value, (list, tuple)) else str(value)
+
+
+def parser(script, doc, defaults, paper):
+    """The flags all scripts share: (argparse parser, its groups by name). What is not given is None or False."""
+    columns = {**defaults, **{f"{name}, paper": {**defaults[name], **values} for name, values in paper.items()}}
+    first = next(iter(columns.values()))
+    same = [key for key in first if all(column[key] == first[key] for column in columns.values())]
+    rows = [["", *columns], *([key, *(flag(c[key]) for c in columns.values())] for key in first if key not in same)]
+    table = "\n".join("".join(f"{cell:>16}" if i else f"  {cell:12}" for i, cell in enumerate(row)) for row in rows)
+    p = argparse.ArgumentParser(
+        prog=f"python {script}.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=doc.split("\n\n")[0], epilog=(
+            f"defaults by dataset, and the paper's own by --preset paper:\n\n{table}\n\n"
+            f"for all: {', '.join(f'{key} {flag(first[key])}' for key in same)}").replace("_", "-"))
+    names = ("what to do", "data", "training", "network", "method", "sampling", "machine")
+    group = {name: p.add_argument_group(name) for name in names}
+    add = group["what to do"].add_argument
+    add("--train", action="store_true", help="train, or go on with what the run directory holds")
+    add("--sample", action="store_true", help="sample, from the newest run unless --dataset or --run says which")
+    add("--run", metavar="DIR", help=f"the run directory (default: runs/{script}-DATASET)")
+    add = group["data"].add_argument
+    add("--dataset", choices=defaults, help="training images (default: shapes, drawn by the program)")
+    add("--data-dir", metavar="DIR", help="where datasets lie or are downloaded to (default: data); folder: the images")
+    add("--image-size", type=number(int, 1), metavar="PIXELS", help="height and width the images are resized to")
+    add = group["training"].add_argument
+    add("--preset", choices=("paper",), help="the paper's own hyper-parameters in place of the compact defaults")
+    add("--iterations", type=number(int, 1), metavar="N", help="training steps in all, over which the rate decays")
+    add("--batch-size", type=number(int, 1), metavar="N", help="images a step, shared between processes")
+    add("--lr", type=number(float, 0, above=True), help="learning rate at the start, more than 0")
+    add("--ema", type=number(float, 0, 1), help="decay of the weights' moving average, 0 to 1")
+    add("--seed", type=number(int, 0), help="of training and of sampling, 0 or more (default: 0, or the run's)")
+    add("--save-every", type=number(float, 0), default=60.0, metavar="S", help="seconds between checkpoints (60)")
+    add = group["network"].add_argument
+    add("--width", type=number(int, 8), metavar="C", help="channels of the first level, a multiple of 8")
+    add("--mult", type=number(int, 1), nargs="+", metavar="M", help="channels of each level over the width: 1 2 2 2")
+    add("--blocks", type=number(int, 1), metavar="N", help="residual blocks a level")
+    add("--attention", type=number(int, 1), nargs="*", metavar="PIXELS", help="sizes at which to attend: 16 8")
+    add("--dropout", type=number(float, 0, 0.99), metavar="P", help="probability, 0 to 0.99")
+    add = group["sampling"].add_argument
+    add("--steps", type=number(int, 1), default=10, metavar="N", help="solver steps (default: 10)")
+    add("--n", type=number(int, 1), default=64, help="images to draw (default: 64)")
+    add("--out", metavar="FOLDER", help="write single PNGs, only, and only those missing; else two pictures")
+    add = group["machine"].add_argument
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU, if there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if a GPU has it")
+    add("--compile", action="store_true", help="torch.compile the training: minutes at the start, then faster steps")
+    return p, group
+
+
+def open_run(script, args, defaults, paper, network_keys):
+    """Find the run that the flags mean, and its settings: defaults, overruled by its checkpoint, overruled by flags.
+
+    Where there is a checkpoint only CHANGEABLE settings may differ from it. Returns (run directory, settings,
+    checkpoint or None); raises Problem for contradictions, spelling out the difference.
+    """
+    if not (args.train or args.sample):
+        raise Problem("say --train, --sample, or both (--help shows the rest)", 2)
+    run = pathlib.Path(args.run or f"runs/{script}-{args.dataset or 'shapes'}")
+    if not (args.run or args.train or args.dataset):
+        found = sorted(pathlib.Path("runs").glob(f"{script}-*/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
+        if not found:
+            raise Problem(f"there is no run of {script}.py under runs/ yet: train first, or say where with --run")
+        run = found[-1].parent
+    checkpoint = saved = None
+    if (run / "checkpoint.pt").exists() or not args.train:
+        checkpoint = load_checkpoint(run / "checkpoint.pt")
+        saved = {**{k: v for k, v in checkpoint["network"].items() if k in network_keys}, **checkpoint["method"]}
+        if saved.get("script") != script or not {*next(iter(defaults.values()))} <= {*saved}:
+            raise Problem(f"{run} was trained by another script, or another {script}.py: choose another --run")
+    dataset = args.dataset or (saved or {}).get("dataset", "shapes")
+    if args.preset and dataset not in paper:
+        raise Problem(f"--preset paper is for --dataset {' or '.join(paper)}: the paper has none for {dataset}", 2)
+    known = {"script": script, "dataset": dataset, "data_dir": "data", **defaults[dataset]}
+    given = {key: value for key, value in vars(args).items() if key in known and value is not None}
+    given = {**(paper[dataset] if args.preset else {}), **given}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    if dataset == "folder" and not saved and "data_dir" not in given:
+        raise Problem("--dataset folder needs --data-dir, the folder of images", 2)
+    if saved is None:
+        return run, {**known, **given}, None
+    if not args.train:
+        given.pop("seed", None)             # then it is the samples' seed
+    differences = [f"--{key.replace('_', '-')} {flag(saved[key])}, not {flag(value)}" for key, value in given.items()
+                   if key not in CHANGEABLE and saved[key] != value]
+    if differences:
+        raise Problem(f"{run} was trained with {'; '.join(differences)}: drop the flag, or choose another --run", 2)
+    return run, {**saved, **{key: value for key, value in given.items() if key in CHANGEABLE}}, checkpoint
