@@ -319,13 +319,6 @@ def write_atomically(path, content):
             partial.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, state):
-    """Replace the checkpoint at `path` by `state`, a dictionary of plain types and tensors."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
 def load_checkpoint(path):
     """A checkpoint's dictionary (network, method, model, ema, optimizer, step), on the CPU.
 
@@ -455,11 +448,14 @@ class Training:
         if self.processes.rank == 0:
             self._report(step, now, bool(last or stop))
             if save:
-                save_checkpoint(self.run / "checkpoint.pt", self.snapshot(step))
-                self.saved = time.monotonic()
+                buffer = io.BytesIO()
+                torch.save(self.snapshot(step), buffer)
+                write_atomically(self.run / "checkpoint.pt", buffer.getbuffer())
             if stop:
                 print(f"stopped by {signal.Signals(stop).name} at step {step}; saved {self.run}/checkpoint.pt: the "
                       f"same command goes on", flush=True)
+        if save:
+            self.saved = time.monotonic()
         if last or stop:
             barrier(self.processes)                 # the others may now read the checkpoint
         if stop:
@@ -515,8 +511,7 @@ def save_png(image, path, **text):
 
 
 def trajectory(frames, images=4, most=11):
-    """The picture that teaches: for each of a few images a row of x_t and under it the estimate x̂0, from noise to
-    image.
+    """The picture that teaches: a row of x_t, and under it one of the estimates x̂0, for each of a few images.
 
     frames: list of (t, x_t [B, C, H, W], x̂0 [B, C, H, W]) in the sampler's order; at most `most` are shown, evenly.
     """
@@ -526,8 +521,7 @@ def trajectory(frames, images=4, most=11):
 
 
 def sample_folder(draw, n, folder, batch_size, identity, processes):
-    """Write images 0 .. n-1 as folder/000000.png ... and nothing else, skipping those there; returns how many were
-    missing.
+    """Write images 0 to n-1 as folder/000000.png ... and nothing else, only those missing; returns how many were.
 
     identity: text that names the run, seed and solver, kept inside every PNG; a folder with anything else is refused.
     """
@@ -560,7 +554,8 @@ def draw_samples(draw, batch_size, run, args, identity, processes):
 
     draw(numbers, watch=None) -> [b, C, H, W] in [-1, 1]; identity: a dictionary of what makes the images what they are.
     """
-    text = ", ".join(f"{key} {flag(value)}" for key, value in identity.items() if value not in (None, False))
+    identity = {key: value for key, value in identity.items() if value is not None and value is not False}
+    text = ", ".join(f"{key} {flag(value)}" for key, value in identity.items())
     if args.out:
         missing = sample_folder(draw, args.n, args.out, batch_size, text, processes)
         if processes.rank == 0:

@@ -80,9 +80,7 @@ def expm1_over(a, t):
 
 
 def H(phi, t, h="constant"):
-    """The attenuation H_t = ∫₀ᵗ h. phi: [B, K·C, H, W]; t: [B] in [0, 1]; returns [B, C, H, W]. Source: Sec. V-A,
-    Fig. 7.
-    """
+    """The attenuation H_t = ∫₀ᵗ h of ADM's Fig. 7. phi: [B, K·C, H, W]; t: [B] in [0, 1]; returns [B, C, H, W]."""
     t, parts = like_image(t), phi.chunk(ATTENUATIONS[h], dim=1)
     if h == "constant":                                     # h_t = c
         c, = parts
@@ -217,9 +215,7 @@ def distance(a, b, norm="l2"):
 
 def loss(model, x0, phi, eps, t, h="constant", noise="sqrt", predict="both", weights="edm", norm="l2", sigma_data=1.0,
          delta=1e-3):
-    """The loss per example [B]: λ₁ |φ̂ - φ|² + λ₂ |ε̂ - ε|², or only the term that `predict` names. Source: Algorithm
-    1.
-    """
+    """Algorithm 1's loss per example [B]: λ₁ |φ̂ - φ|² + λ₂ |ε̂ - ε|², or only the term that `predict` names."""
     xt = diffuse(x0, phi, eps, t, h, noise)                                                             # Alg. 1, line 5
     phi_hat, eps_hat = model(xt, t)
     lambda_1, lambda_2 = loss_weights(t, weights, sigma_data, noise, delta)
@@ -230,9 +226,7 @@ def loss(model, x0, phi, eps, t, h="constant", noise="sqrt", predict="both", wei
 # ------------------------------------------------------------------------------------------------------- 4 sampler
 
 def reverse_step(xt, phi, eps, t, s, z, h="constant", noise="sqrt"):
-    """One step of Algorithm 2, from t to t - s: a draw of q(x_{t-s} | x_t, x₀). t, s: [B]; z ~ N(0, I), unused where
-    s = t.
-    """
+    """One step of Algorithm 2, from t to t - s: a draw of q(x_{t-s} | x_t, x₀). t, s: [B]; z: [B, C, H, W] ~ N(0, I)."""
     r = t - s
     if noise == "sqrt":
         pull, variance = s / t.sqrt(), s * r / t
@@ -245,9 +239,9 @@ def reverse_step(xt, phi, eps, t, s, z, h="constant", noise="sqrt"):
 def ode_step(xt, phi, eps, t, r, h="constant", noise="sqrt", heads="image"):
     """The deterministic step from t to r with φ̂ and ε̂ held: dx/dt = h_t + ε̂ d√t/dt. t, r: [B].
 
-    With exact heads the three forms are one. With a trained network they differ in what becomes of the residual x_t -
-    x̂₀ - H_t - √t ε̂: "forget" drops x_t, and so puts the residual into the image anew at every step; "both" carries
-    it along; "image" counts it as noise.
+    With exact heads the three forms are one. With a trained network they differ in what becomes of the residual
+    x_t - x̂₀ - H_t - √t ε̂: "forget" drops x_t, and so puts the residual into the image anew at every step; "both"
+    carries it along; "image" counts it as noise.
     """
     x0, n_t, n_r = image_of(phi, h), like_image(std(t, noise)), like_image(std(r, noise))
     if heads == "forget":
@@ -296,6 +290,8 @@ def sample(net, x1, steps, solver="ddm", grid="quadratic", clip=False, generator
     what the attenuation can't have.
     """
     heads = heads or ("both" if solver == "ddm" else "project" if h == "constant" else "image")
+    if solver not in ("ddm", "ode", "ode2") or heads not in ("project", "image", "both", "forget"):
+        raise ValueError(f"there is no solver {solver} with heads {heads}")
     if h != "constant" and (solver == "ode2" or heads == "project"):
         raise ValueError(f"solver ode2 and heads project are for the constant attenuation, not {h}")
     x, t_last, x0_last = x1, None, None

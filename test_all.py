@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -616,6 +617,32 @@ def test_unet_compact_network_is_ddpms():
     assert light - one == 2 * 128 + 128 * 128 * 9 + 128 + 3 * (128 * 9 + 1)
 
 
+def test_unet_flops_are_ddpms():
+    """torch's counter gives DDPM's CIFAR-10 network its known 6.06 G multiply-adds, twice that in FLOPs, attention
+    included (within 4%).
+    """
+    with torch.device("meta"):
+        net, x = unet.UNet(outputs=(3,)), torch.randn(1, 3, 32, 32)
+        attention_free = unet.UNet(outputs=(3,), attention=())
+        assert abs(unet.flops(net, x, torch.rand(1)) / 12.12e9 - 1) < 0.04
+        qkv, scores = 4 * 256 * 256 * 256, 2 * 256 * 256 * 256  # multiply-adds of one attention at 16x16, width 256
+        assert unet.flops(net, x, torch.rand(1)) - unet.flops(attention_free, x, torch.rand(1)) == 2 * 5 * (
+            qkv + scores
+        )
+
+
+def test_unet_report_names_its_figures(capsys):
+    """python unet.py's line has parameters, FLOPs and images/s for training and sampling. Catches a report that no
+    longer runs.
+    """
+    unet.report("tiny", 2, torch.device("cpu"), width=8, mult=(1, 1), blocks=1, attention=(), size=8)
+    line = capsys.readouterr().out
+    assert re.search(
+        r"tiny +\d+\.\d+ M parameters +\d+\.\d+ GFLOPs a call +training +[\d.,]+ images/s .*sampling +[\d.,]+ images/s",
+        line,
+    )
+
+
 def test_unet_attends_where_it_is_told():
     """Attention lies at the levels where size / 2^level is listed, and in the middle. Catches attention by level
     number.
@@ -713,15 +740,17 @@ def test_data_folder_of_images_any_size_grey_or_colour(tmp_path, monkeypatch):
     assert data.load("folder", folder, 10, here()).shape == (3, 3, 10, 10)
 
 
-def test_data_celeba_crop_is_the_papers():
+def test_data_celeba_crop_is_the_papers(tmp_path):
     """CelebA is cropped to the central 140x140 before it is resized. Catches the largest square, which takes in more
     background.
     """
-    image = np.zeros((218, 178, 3), np.uint8)
-    image[39:179, 19:159] = 255
-    crop = data.CROPS["celeba"]
-    assert data.square(Image.fromarray(image), 64, crop).min() == 255
-    assert data.square(Image.fromarray(image), 64).min() == 0
+    pixels = np.zeros((218, 178, 3), np.uint8)
+    pixels[39:179, 19:159] = 255
+    (tmp_path / "celeba" / "img_align_celeba").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "celeba" / "img_align_celeba" / "000001.png")
+    images = data.load("celeba", tmp_path, 64, here())
+    assert images.shape == (1, 3, 64, 64) and images.min() == 255
+    assert data.square(Image.fromarray(pixels), 64).min() == 0
 
 
 def test_data_cifar10_is_converted_once_and_exactly(tmp_path, monkeypatch):
@@ -889,12 +918,17 @@ def test_ddm_resumed_equals_uninterrupted_bit_for_bit(trained, capsys, monkeypat
 
 
 def test_ddm_finished_run_says_so_and_more_iterations_go_on(trained, capsys):
-    """A finished run exits 0 with a sentence and touches nothing; a larger --iterations goes on from there."""
+    """A finished run exits 0 with a sentence and touches nothing; a larger --iterations goes on from there, log
+    included.
+    """
     before = (trained / "checkpoint.pt").stat().st_mtime_ns
     _, out, _ = run_main(capsys, "--train", status=0)
     assert "4 of 4" in out and (trained / "checkpoint.pt").stat().st_mtime_ns == before
+    with open(trained / "log.jsonl", "a") as log:  # as a kill after the checkpoint leaves it
+        log.write('{"step": 99, "loss": 1}\n{"step": 100, "lo')
     run_main(capsys, "--train", "--iterations", 5, status=0)
     assert weights(trained)["step"] == 5
+    assert [json.loads(line)["step"] for line in (trained / "log.jsonl").read_text().splitlines()] == [4, 5]
 
 
 def test_ddm_another_configuration_is_refused_with_the_difference(trained, capsys):
@@ -1134,3 +1168,33 @@ def test_ddm_two_processes_train_the_model_that_one_does(tmp_path):
         torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-3, atol=2e-5, msg=name)
     assert a["step"] == b["step"] == 5 and len((tmp_path / "two" / "log.jsonl").read_text().splitlines()) == 1
     assert any((a["model"][n] - start[n]).abs().max() > 1e-3 for n in start)
+
+
+# ------------------------------------------------------------------------------------------------------- the README
+
+
+def test_readme_lines_of_python_sample_from_a_checkpoint(trained):
+    """The README's Python block, run as it is, gives images. Catches documentation that has fallen behind the code."""
+    block = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S).group(1)
+    names = {}
+    exec(block, names)
+    assert len(block.splitlines()) <= 6 and names["x0"].shape == (16, 3, 16, 16) and torch.isfinite(names["x0"]).all()
+
+
+def test_map_is_true():
+    """Every row's function and test exist, no number is missing, and every `Eq. n` tag of the scripts is in the map."""
+    rows = [line.split("|")[1:-1] for line in (HERE / "README.md").read_text().splitlines() if line.startswith("| DDM")]
+    numbers = [cells[1].strip() for cells in rows]
+    assert sorted(numbers) == sorted([f"Eq. {n}" for n in range(1, 29)] + ["Algorithm 1", "Algorithm 2"])
+    tests = globals()
+    for paper, number, what, where, proofs in rows:
+        places, proofs = re.findall(r"`(\w+)\.(\w+)`", where), re.findall(r"`(\w+)`", proofs)
+        assert places or "not code: " in where, number
+        assert all(
+            callable(getattr({"ddm": ddm, "unet": unet, "data": data}[file], name)) for file, name in places
+        ), number
+        assert all(callable(tests[name]) for name in proofs) and (proofs or not places), number
+    mapped = {number for number, cells in zip(numbers, rows) if "not code" not in cells[3]}
+    for line in (HERE / "ddm.py").read_text().splitlines():
+        for numbers in re.findall(r"# Eq\. ([\d, ]+)$", line):
+            assert {f"Eq. {n.strip()}" for n in numbers.split(",")} <= mapped, line
