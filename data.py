@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ import warnings
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -48,6 +47,9 @@ def command(main):
             sys.stdout.flush()
             print(f"{pathlib.Path(main.__code__.co_filename).stem}: {problem}", file=sys.stderr)
             raise SystemExit(problem.status) from None
+        except torch.OutOfMemoryError:
+            print("out of GPU memory: try a smaller --batch-size, --n or --width", file=sys.stderr)
+            raise SystemExit(1) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         finally:
@@ -67,23 +69,27 @@ def explained(doing, path):
 
 @contextlib.contextmanager
 def bad_arguments():
-    """Turn a ValueError, with which pure functions refuse what they can't do, into a Problem with exit status 2."""
+    """Turn the errors with which networks and pure functions refuse settings into a Problem with exit status 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise Problem(str(error), 2) from error
 
 
 # ------------------------------------------------------------------------------------------------------ randomness
 
-def seed(*numbers):
-    """One well-mixed 63-bit seed from whole numbers >= 0, such as (seed, step): neighbours give unrelated streams."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+PURPOSES = ("weights", "batch", "dropout", "image")
+
+
+def seed(purpose, *numbers):
+    """A well-mixed 63-bit seed from one of PURPOSES and whole numbers >= 0, such as ("batch", seed, step)."""
+    words = np.random.SeedSequence((PURPOSES.index(purpose), *numbers)).generate_state(1, np.uint64)
+    return int(words[0]) >> 1
 
 
 def image_generators(run_seed, images):
     """A CPU generator for every image number: image i is a function of (seed, i) alone, on every device alike."""
-    return [torch.Generator().manual_seed(seed(run_seed, i)) for i in images]
+    return [torch.Generator().manual_seed(seed("image", run_seed, i)) for i in images]
 
 
 def randn(like, generator=None):
@@ -117,7 +123,8 @@ def start(device="auto"):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        backend, ids = ("nccl", {"device_id": torch.device(device)}) if device.startswith("cuda") else ("gloo", {})
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12), **ids)   # the first may convert a dataset
     return Processes(torch.device(device), rank, world)
 
 
@@ -179,9 +186,10 @@ def read_array(path, size):
     """Map an .npy of the project's format, uint8 [N, 1 or 3, size, size]; a Problem for anything else."""
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        dtype, shape = array.dtype, array.shape
+    except Exception as error:              # numpy raises many kinds
         raise Problem(f"{path} is damaged or no .npy file ({error}): delete it, and it is made again") from error
-    if array.dtype != np.uint8 or not len(array) or array.shape[1:] not in ((1, size, size), (3, size, size)):
+    if dtype != np.uint8 or shape[1:] not in ((1, size, size), (3, size, size)) or not shape[0]:
         raise Problem(f"{path} holds {array.dtype} {list(array.shape)}, not uint8 [N, 1 or 3, {size}, {size}]: move it")
     return array
 
@@ -216,7 +224,7 @@ def open_image(file, header=False):
                 return grey
             if image.mode.startswith("I"):                      # 16 bits, which Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            return image.convert("L" if grey else "RGB")
+            return ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
     except Exception as error:              # Pillow's decoders raise many kinds for a broken file
         raise Problem(f"{file} is not a readable image ({error}): remove it, or mend it") from error
 
@@ -289,15 +297,11 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def draw_batch(images, batch_size, generator, mine=slice(None)):
-    """x0 [b, C, H, W] in [-1, 1], on the generator's device: a batch drawn with replacement, each image flipped by a
-    coin.
-
-    mine: this process's slice of the global batch; all processes draw the same one.
-    """
+def draw_batch(images, batch_size, generator):
+    """x0 [B, C, H, W] in [-1, 1], on the generator's device: drawn with replacement, each image flipped by a coin."""
     device = generator.device
-    index = torch.randint(len(images), (batch_size,), generator=generator, device=device)[mine]
-    flip = (torch.rand(batch_size, generator=generator, device=device) < 0.5)[mine]
+    index = torch.randint(len(images), (batch_size,), generator=generator, device=device)
+    flip = torch.rand(batch_size, generator=generator, device=device) < 0.5
     x0 = to_float(images[index.to(images.device)].to(device))
     return torch.where(flip[:, None, None, None], x0.flip(-1), x0)
 
@@ -307,7 +311,7 @@ def draw_batch(images, batch_size, generator, mine=slice(None)):
 def write_atomically(path, content):
     """Write bytes under a temporary name, flush, and rename: a kill at any moment leaves a whole file."""
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     with explained("write", path):
         try:
             with open(partial, "wb") as file:
@@ -330,7 +334,7 @@ def load_checkpoint(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Problem(f"there is no checkpoint at {path}: train first, or say where with --run") from None
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as error:
+    except Exception as error:              # torch raises many kinds for what is no checkpoint
         raise Problem(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     wanted = {"network": dict, "method": dict, "model": dict, "ema": dict, "optimizer": dict, "step": int}
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in wanted.items()):
@@ -338,9 +342,12 @@ def load_checkpoint(path):
     return state
 
 
-def digest(path):
-    """A short name for a file, by its content."""
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
+def digest(weights):
+    """A short name for a state_dict, by its content."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        h.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
 
 
 def first_line(error):
@@ -385,7 +392,8 @@ class Training:
 
     It yields the steps to do; keeps the progress line and log.jsonl; saves snapshot(step) every `save_every` seconds,
     at the last step, and before it exits on Ctrl-C (130) or SIGTERM (143), all processes at the same step; and stops
-    with a Problem when the loss or its gradient is not finite, leaving the last good checkpoint.
+    with a Problem when the loss or its gradient is not finite, leaving the last good checkpoint. The losses logged are
+    those of the first process's share of the batch.
     """
 
     bins = 5        # of t in [0, 1], for the loss per time bin
@@ -398,9 +406,8 @@ class Training:
             with explained("use", self.run):
                 self.run.mkdir(parents=True, exist_ok=True)
                 if self.log.exists():       # what came after the checkpoint, half a line perhaps, is done again
-                    kept = [line for line in self.log.read_text().splitlines(True) if line.endswith("}\n")]
-                    kept = [line for line in kept if json.loads(line)["step"] <= start]
-                    write_atomically(self.log, "".join(kept).encode())
+                    kept = [line for line in self.log.read_text(errors="replace").splitlines() if _step(line) <= start]
+                    write_atomically(self.log, "".join(line + "\n" for line in kept).encode())
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -411,6 +418,8 @@ class Training:
             signal.signal(s, handler)
 
     def _catch(self, number, frame):
+        if self.processes.rank == 0:
+            os.write(1, b"\nfinishing this step, then saving\n")        # print is not safe in a signal's handler
         self.signal = number
 
     def __iter__(self):
@@ -486,6 +495,13 @@ class Training:
             self.logged = now
 
 
+def _step(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, LookupError):
+        return math.inf
+
+
 # -------------------------------------------------------------------------------------------------------- pictures
 
 def picture(images, columns=None, labels=()):
@@ -529,9 +545,10 @@ def sample_folder(draw, n, folder, batch_size, identity, processes):
     with explained("use", folder):
         folder.mkdir(parents=True, exist_ok=True)
         there = sorted(f.name for f in folder.iterdir() if not f.name.endswith(".partial"))
-    for name in there[:1] + there[-1:]:
+    strange = [name for name in there if not (name[:-4].isdigit() and name.endswith(".png"))][:1]
+    for name in strange or there[:1] + there[-1:]:
         with contextlib.suppress(OSError), Image.open(folder / name) as image:
-            if image.info.get("sample") == identity:
+            if image.info.get("sample") == identity and not strange:
                 continue
         raise Problem(f"{folder} holds {name}, which is not of this sampling run ({identity}): choose another --out")
     barrier(processes)
@@ -559,7 +576,7 @@ def draw_samples(draw, batch_size, run, args, identity, processes):
     if args.out:
         missing = sample_folder(draw, args.n, args.out, batch_size, text, processes)
         if processes.rank == 0:
-            print(f"sampled: {text}\nwrote {missing} PNGs into {args.out}, which has {args.n} now", flush=True)
+            print(f"sampled: {text}\nwrote {missing} PNGs into {args.out}, which has the first {args.n} now", flush=True)
     elif processes.rank == 0:
         parts, frames, live, began = [], [], Live(), time.monotonic()
         for k in range(0, args.n, batch_size):
@@ -593,6 +610,8 @@ def number(kind, low, high=math.inf, above=False):
 
 def flag(value):
     """A setting as one would type it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return (" ".join(map(str, value)) or "none") if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -638,7 +657,7 @@ def parser(script, doc, defaults, paper):
     add("--out", metavar="FOLDER", help="write single PNGs, only, and only those missing; else two pictures")
     add = group["machine"].add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU, if there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if a GPU has it")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if a GPU has it; fp32: with TF32 there")
     add("--compile", action="store_true", help="torch.compile the training: minutes at the start, then faster steps")
     return p, group
 
@@ -661,7 +680,9 @@ def open_run(script, args, defaults, paper, network_keys):
     if (run / "checkpoint.pt").exists() or not args.train:
         checkpoint = load_checkpoint(run / "checkpoint.pt")
         saved = {**{k: v for k, v in checkpoint["network"].items() if k in network_keys}, **checkpoint["method"]}
-        if saved.get("script") != script or not {*next(iter(defaults.values()))} <= {*saved}:
+        kinds = {key: type(value) for key, value in next(iter(defaults.values())).items()}
+        if (saved.get("script") != script or saved.get("dataset") not in [*defaults]
+                or any(type(saved.get(key)) is not kind for key, kind in kinds.items())):
             raise Problem(f"{run} was trained by another script, or another {script}.py: choose another --run")
     dataset = args.dataset or (saved or {}).get("dataset", "shapes")
     if args.preset and dataset not in paper:

@@ -21,11 +21,11 @@ Symbols, of the paper and of this code:
     φ       phi           [B, K·C, H, W]  h's K parameters: (c), (a, c), (a, b, c), (a, c) or (a); constant: φ = c = -x₀
     H_t     H             [B, C, H, W]    ∫₀ᵗ h dt: 0 at t = 0, -x₀ at t = 1
     λ₁, λ₂  loss_weights  [B]             the weights of the two losses
-    σ_d     sigma_data    a number        the data's root mean square, for preconditioning
+    σ_d     sigma_data    a number        the data's root mean square, about: .5, or .7 for the shapes; preconditioning
 
 Equations used: the forward process, Eq. 6 and 7; the loss, Eq. 10 (Algorithm 1); the step back, Eq. 11 (Algorithm 2),
-of which Eq. 9 is the limit of a small step. Eqs. 1 to 5 are the older diffusion models', Eq. 8 is Bayes' rule, 12 to
-28 are proofs; README.md has the map.
+of which Eq. 9 is the limit of a small step; and Eq. 20, which gives one output from the other. The rest are the older
+diffusion models' (1 to 5) or steps of the proofs; README.md has the map.
 
 Where this differs from the paper, and why:
 
@@ -109,12 +109,12 @@ def draw_phi(x0, h="constant", generator=None):
     if h == "sine":
         if x0.abs().max() > SINE_BOUND:
             raise ValueError(f"h = sin(a t) reaches images in [-{SINE_BOUND}, {SINE_BOUND}] only: scale them")
-        low, high = torch.zeros_like(x0, dtype=torch.float64), torch.full_like(x0, SINE_RANGE, dtype=torch.float64)
+        low, high = torch.zeros_like(x0), torch.full_like(x0, SINE_RANGE)
         for _ in range(60):                                 # bisection for |a|: H₁ is monotone on this branch
             a = (low + high) / 2
             short = 2 * (a / 2).sin() ** 2 < a * x0.abs()
             low, high = torch.where(short, a, low), torch.where(short, high, a)
-        return (-x0.sign() * a).to(x0.dtype)
+        return -x0.sign() * a
     a = data.randn(x0, generator)
     if h == "linear":
         return torch.cat([a, -x0 - a / 2], dim=1)
@@ -219,8 +219,8 @@ def loss(model, x0, phi, eps, t, h="constant", noise="sqrt", predict="both", wei
     xt = diffuse(x0, phi, eps, t, h, noise)                                                             # Alg. 1, line 5
     phi_hat, eps_hat = model(xt, t)
     lambda_1, lambda_2 = loss_weights(t, weights, sigma_data, noise, delta)
-    image, noise = lambda_1 * distance(phi_hat, phi, norm), lambda_2 * distance(eps_hat, eps, norm)
-    return {"both": image + noise, "image": image, "noise": noise}[predict]                             # Eq. 10
+    of_image, of_noise = lambda_1 * distance(phi_hat, phi, norm), lambda_2 * distance(eps_hat, eps, norm)
+    return {"both": of_image + of_noise, "image": of_image, "noise": of_noise}[predict]                 # Eq. 10
 
 
 # ------------------------------------------------------------------------------------------------------- 4 sampler
@@ -270,12 +270,22 @@ def clipped(phi, h="constant"):
 
 
 def second_order(t, r, noise="sqrt"):
-    """B(t, r): what a slope dx̂₀/dt = 1 adds to the first-order step from t to r (floats, r < t). B(t, 0) = -t."""
+    """What a slope dx̂₀/dt = 1 adds to the first-order step from t to r (floats, r < t), by integrating the ODE."""
     if r == 0:
         return -t
     if noise == "linear":
         return r - t - r * math.log(r / t)
     return (r - t) * (1 - r) - r ** 0.5 * (2 * r ** 0.5 - 2 / 3 * r ** 1.5 - 2 * t ** 0.5 + 2 / 3 * t ** 1.5)
+
+
+def heads_for(solver, heads=None, h="constant"):
+    """`heads` or its default: both for ddm, as printed, and else project (constant h) or image. Raises ValueError."""
+    heads = heads or ("both" if solver == "ddm" else "project" if h == "constant" else "image")
+    if solver not in ("ddm", "ode", "ode2") or heads not in ("project", "image", "both", "forget"):
+        raise ValueError(f"there is no solver {solver} with heads {heads}")
+    if h != "constant" and (solver == "ode2" or heads == "project"):
+        raise ValueError(f"solver ode2 and heads project are for the constant attenuation, not {h}: use --solver ode or ddm")
+    return heads
 
 
 @torch.no_grad()
@@ -284,16 +294,11 @@ def sample(net, x1, steps, solver="ddm", grid="quadratic", clip=False, generator
     """From noise to images by `steps` calls net(x_t, t) -> (φ̂, ε̂), the first at t = 1. x1: [B, C, H, W] ~ N(0, I).
 
     solver: ddm (Algorithm 2, stochastic), ode (first order) or ode2 (second order from its second step; constant h
-    only). heads: project, image, both or forget, what to make of two heads that disagree; None is both for ddm, as
-    printed, and else project (constant h) or image. clip: keep every x̂₀ in [-1, 1]. generator: of the stochastic
-    solver's noise, one or a list of B. watch(t, x_t, x̂₀): called at every step, and at t = 0. Raises ValueError for
-    what the attenuation can't have.
+    only). heads: project, image, both or forget, what to make of two heads that disagree; None as `heads_for` says.
+    clip: keep every x̂₀ in [-1, 1]. generator: of the stochastic solver's noise, one or a list of B. watch(t, x_t,
+    x̂₀): called at every step, and at t = 0. Raises ValueError for what the attenuation can't have.
     """
-    heads = heads or ("both" if solver == "ddm" else "project" if h == "constant" else "image")
-    if solver not in ("ddm", "ode", "ode2") or heads not in ("project", "image", "both", "forget"):
-        raise ValueError(f"there is no solver {solver} with heads {heads}")
-    if h != "constant" and (solver == "ode2" or heads == "project"):
-        raise ValueError(f"solver ode2 and heads project are for the constant attenuation, not {h}")
+    heads = heads_for(solver, heads, h)
     x, t_last, x0_last = x1, None, None
     ts = times(steps, grid, delta, final)
     for t, r in zip(ts, ts[1:]):
@@ -324,32 +329,34 @@ def sample(net, x1, steps, solver="ddm", grid="quadratic", clip=False, generator
 
 def train(run, settings, checkpoint, args, processes):
     """Train, or go on, in the run directory until step settings["iterations"]. Source: Algorithm 1 and ADM Sec. V-A."""
-    device, seed, batch, K = processes.device, settings["seed"], settings["batch_size"], settings["iterations"]
-    if checkpoint and checkpoint["step"] >= K:
-        print(f"{run} is trained: {checkpoint['step']} of {K} steps (--iterations goes further)")
+    device, seed = processes.device, settings["seed"]
+    batch, iterations = settings["batch_size"], settings["iterations"]
+    mine, draw = data.share(batch, processes), torch.Generator(device)
+    if checkpoint and checkpoint["step"] >= iterations:
+        if processes.rank == 0:
+            print(f"{run} is trained: {checkpoint['step']} of {iterations} steps (--iterations goes further)")
         return
-    images = data.load(settings["dataset"], args.data_dir, settings["image_size"], processes)
+    images = data.load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
     network = network_of(settings, images.shape[1])
-    torch.manual_seed(data.seed(seed))
+    torch.manual_seed(data.seed("weights", seed))
     net = unet.UNet(**network).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], fused=device.type in ("cpu", "cuda"))
     start = data.restore(run, checkpoint, model=net, ema=ema, optimizer=optimizer)
-    model = meaning(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
+    model = predictor_of(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
     method = {key: settings[key] for key in ("h", "noise", "predict", "weights", "norm", "delta")}
     method["sigma_data"] = settings["sigma_data"] if settings["precondition"] else 1.0
-    mine, draw = data.share(batch, processes), torch.Generator(device)
     if processes.rank == 0:
-        unet.warn_cost(model, images.shape[1:], batch // processes.world, K - start, device)
+        unet.warn_cost(model, images.shape[1:], batch // processes.world, iterations - start, device)
 
     def snapshot(step):
         return {"network": network, "method": {key: settings[key] for key in settings if key not in NETWORK},
                 "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
 
-    with data.Training(run, snapshot, start, K, batch, processes, args.save_every) as training:
+    with data.Training(run, snapshot, start, iterations, batch, processes, args.save_every) as training:
         for step in training:
-            draw.manual_seed(data.seed(seed, step))                     # of the global batch: by (seed, step) alone
-            torch.manual_seed(data.seed(seed, step, 1 + processes.rank))                                # dropout's
+            draw.manual_seed(data.seed("batch", seed, step))            # the global batch is a function of these alone
+            torch.manual_seed(data.seed("dropout", seed, step, processes.rank))
             x0 = data.draw_batch(images, batch, draw) * scale_of(settings)
             t = settings["delta"] + (1 - settings["delta"]) * torch.rand(batch, generator=draw, device=device)
             eps = torch.randn(x0.shape, generator=draw, device=device)
@@ -359,16 +366,17 @@ def train(run, settings, checkpoint, args, processes):
             optimizer.zero_grad(set_to_none=True)
             values.mean().backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            lr = settings["lr"] * max((1 - step / K) ** 0.96, 0.1)      # polynomial decay to a tenth: Sec. V-A, Tab. I
+            lr = settings["lr"] * max((1 - step / iterations) ** 0.96, 0.1)     # polynomial decay: Sec. V-A, Table I
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
 
             decay = min(settings["ema"], (1 + step) / (10 + step))      # short at first: young weights are no use
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
             training.record(values, t[mine], grad_norm, lr)
 
 
-def meaning(net, settings, args, processes):
+def predictor_of(net, settings, args, processes):
     """The predictor of a run: its network and the settings that say what the outputs are."""
     return predictor(net, settings["predict"], settings["precondition"], settings["sigma_data"], settings["h"],
                      settings["noise"], unet.use_bf16(args.precision, processes.device))
@@ -387,22 +395,27 @@ def scale_of(settings):
     return 0.72 if settings["h"] == "sine" else 1.0
 
 
+def solver_of(settings, args):
+    """The solver asked for, or the default: second order where the attenuation has it."""
+    return args.solver or ("ode2" if settings["h"] == "constant" else "ode")
+
+
 def write_samples(run, settings, checkpoint, args, processes):
     """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
     device, network = processes.device, network_of(settings, checkpoint["network"].get("channels", 3))
     net = unet.UNet(**network).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     data.restore(run, checkpoint, ema=net)
     seed = settings["seed"] if args.seed is None else args.seed
-    constant = settings["h"] == "constant"
-    options = {"solver": args.solver or ("ode2" if constant else "ode"), "grid": args.grid or "quadratic",
-               "heads": args.heads, "clip": args.clip, "final": args.final_at_delta, "h": settings["h"],
-               "noise": settings["noise"], "delta": settings["delta"]}
-    identity = {"checkpoint": data.digest(run / "checkpoint.pt"), "seed": seed, "steps": args.steps,
+    solver = solver_of(settings, args)
+    options = {"solver": solver, "grid": args.grid or "quadratic", "heads": heads_for(solver, args.heads, settings["h"]),
+               "clip": args.clip, "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
+               "delta": settings["delta"]}
+    identity = {"weights": data.digest(checkpoint["ema"]), "seed": seed, "steps": args.steps,
                 "network calls per image": args.steps, **options}
     size = (network["channels"], network["size"], network["size"])
     batch = min(args.n, max(1, (512 if device.type == "cuda" else 64) * 32 ** 2 // network["size"] ** 2))
     x = torch.randn(batch, *size, device=device).contiguous(memory_format=torch.channels_last)
-    model = unet.fast(meaning(net, settings, args, processes), x, torch.ones(batch, device=device))
+    model = unet.fast(predictor_of(net, settings, args, processes), x, torch.ones(batch, device=device))
 
     def draw(numbers, watch=None):
         generators = data.image_generators(seed, numbers)
@@ -461,6 +474,7 @@ def main(argv=None):
     run, settings, checkpoint = data.open_run("ddm", args, DEFAULTS, PAPER, NETWORK)
     with data.bad_arguments():                              # what can't go together is said before anything is started
         predictor(None, settings["predict"], settings["precondition"], h=settings["h"])
+        heads_for(solver_of(settings, args), args.heads, settings["h"])
         with torch.device("meta"):
             unet.UNet(**network_of(settings, 3))
     processes = data.start(args.device)

@@ -248,15 +248,15 @@ def seconds(call, device, repeats=5):
     def once():
         began = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter() - began
     once()
     return sorted(once() for _ in range(repeats))[repeats // 2]
 
 
 def warn_cost(model, shape, batch_size, steps, device):
-    """Without a GPU, time the network and say what the training ahead will cost, where that is over half an hour."""
+    """On a CPU, time the network and say what the training ahead will cost, where that is over half an hour."""
     if device.type != "cpu":
         return
     x, t = torch.zeros(2, *shape), torch.full((2,), 0.5)
@@ -264,7 +264,7 @@ def warn_cost(model, shape, batch_size, steps, device):
         step = 3 * batch_size / 2 * seconds(lambda: model(x, t), device, repeats=3)     # about three forward passes
     if step * steps > 1800:
         time_left = datetime.timedelta(seconds=round(step * steps))
-        print(f"no GPU here: at about {step:.2g} s a step, {steps} steps take {time_left}. Ctrl-C saves, and the same "
+        print(f"on the CPU: at about {step:.2g} s a step, {steps} steps take {time_left}. Ctrl-C saves, and the same "
               f"command goes on; a smaller --width, --blocks, --batch-size or --iterations costs less.", flush=True)
 
 
@@ -318,6 +318,10 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, help="images a call (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device on this machine")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     batch = args.batch_size or (128 if device.type == "cuda" else 8)
     torch.backends.cudnn.benchmark = True
