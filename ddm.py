@@ -30,9 +30,9 @@ diffusion models' (1 to 5) or steps of the proofs; README.md has the map.
 Where this differs from the paper, and why:
 
 - Preconditioned heads (--precondition, the default). Neither paper has them; the released code does, as EDM: input
-  and outputs are scaled so that both raw outputs F have unit variance, and then have the same target. The loss
-  weights "edm" weigh F evenly then. With --no-precondition the outputs are φ and ε themselves, as printed; --preset
-  paper does that.
+  and outputs are scaled so that both raw outputs F have unit variance, and then have the same target. Weights that
+  made the loss on F even at all t did much worse than the paper's (README, "Results"): those weigh small t, where the
+  detail is made, 1/σ_d² times more. With --no-precondition the outputs are φ and ε as printed; --preset paper does so.
 - Noise √t or t (--noise). The papers have √t everywhere (Eq. 7). The configuration of the released code that fits the
   paper's best CIFAR-10 model (90 M parameters, one decoder) has t, rectified flow's path. The default is √t.
 - The two heads say one thing twice: (1-t) x̂₀ + √t ε̂ should be x_t, but a trained network misses it by a residual.
@@ -189,11 +189,11 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
     return model
 
 
-def loss_weights(t, kind="edm", sigma_data=1.0, noise="sqrt", delta=1e-3):
+def loss_weights(t, kind="edm", noise="sqrt", delta=1e-3):
     """(λ₁, λ₂) of ADM's Table V, each [B]. kind: one, inverse, exponential or edm; t: [B], kept delta off 0 and 1.
 
-    "edm" is V/(σ_d² t) and V/(σ_d² (1-t)²) with V = (1-t)² σ_d² + t, which weighs preconditioned heads evenly; for
-    σ_d = 1, the default, V = t² - t + 1 and these are the paper's.
+    "edm", the paper's best, is V/t and V/(1-t)² with V = (1-t)² + t = t² - t + 1, the variance of x_t for data of variance 1
+    (and t² for t where the noise has standard deviation t).
     """
     if kind == "one":
         return torch.ones_like(t), torch.ones_like(t)
@@ -203,8 +203,8 @@ def loss_weights(t, kind="edm", sigma_data=1.0, noise="sqrt", delta=1e-3):
     if kind == "inverse":
         return 1 / t, 1 / (1 - t)
     n2 = std(t, noise) ** 2
-    V = (1 - t) ** 2 * sigma_data ** 2 + n2
-    return V / (sigma_data ** 2 * n2), V / (sigma_data ** 2 * (1 - t) ** 2)
+    V = (1 - t) ** 2 + n2
+    return V / n2, V / (1 - t) ** 2
 
 
 def distance(a, b, norm="l2"):
@@ -213,12 +213,11 @@ def distance(a, b, norm="l2"):
     return sum({"l1": e.abs(), "l2": e ** 2}[part].mean(1) for part in norm.split("+"))
 
 
-def loss(model, x0, phi, eps, t, h="constant", noise="sqrt", predict="both", weights="edm", norm="l2", sigma_data=1.0,
-         delta=1e-3):
+def loss(model, x0, phi, eps, t, h="constant", noise="sqrt", predict="both", weights="edm", norm="l2", delta=1e-3):
     """Algorithm 1's loss per example [B]: λ₁ |φ̂ - φ|² + λ₂ |ε̂ - ε|², or only the term that `predict` names."""
     xt = diffuse(x0, phi, eps, t, h, noise)                                                             # Alg. 1, line 5
     phi_hat, eps_hat = model(xt, t)
-    lambda_1, lambda_2 = loss_weights(t, weights, sigma_data, noise, delta)
+    lambda_1, lambda_2 = loss_weights(t, weights, noise, delta)
     of_image, of_noise = lambda_1 * distance(phi_hat, phi, norm), lambda_2 * distance(eps_hat, eps, norm)
     return {"both": of_image + of_noise, "image": of_image, "noise": of_noise}[predict]                 # Eq. 10
 
@@ -345,7 +344,6 @@ def train(run, settings, checkpoint, args, processes):
     start = data.restore(run, checkpoint, model=net, ema=ema, optimizer=optimizer)
     model = predictor_of(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
     method = {key: settings[key] for key in ("h", "noise", "predict", "weights", "norm", "delta")}
-    method["sigma_data"] = settings["sigma_data"] if settings["precondition"] else 1.0
     if processes.rank == 0:
         unet.warn_cost(model, images.shape[1:], batch // processes.world, iterations - start, device)
 

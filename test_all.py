@@ -184,17 +184,15 @@ def test_ddm_preconditioned_heads_have_one_unit_variance_target(noise):
 
 @pytest.mark.parametrize("noise", ["sqrt", "linear"])
 def test_ddm_edm_weights_give_raw_outputs_unit_weight(noise):
-    """With preconditioning, "edm" weights make Eq. 10 the plain squared error of both raw outputs to v-prediction's
-    target. Catches wrong weights.
+    """With preconditioning for data of variance 1, "edm" weights make Eq. 10 the plain squared error of both raw
+    outputs to v-prediction's target. Catches wrong weights.
     """
-    x0, eps, t, sigma = rand(5, 2, 3, 4), randn(5, 2, 3, 4), rand(5, seed=4, low=0.01, high=0.98), 0.5
+    x0, eps, t, sigma = rand(5, 2, 3, 4), randn(5, 2, 3, 4), rand(5, seed=4, low=0.01, high=0.98), 1.0
     raw = randn(5, 2, 3, 4, seed=7), randn(5, 2, 3, 4, seed=8)
-    ours = ddm.loss(
-        ddm.predictor(lambda x, t: raw, sigma_data=sigma, noise=noise), x0, -x0, eps, t, noise=noise, sigma_data=sigma
-    )
+    ours = ddm.loss(ddm.predictor(lambda x, t: raw, sigma_data=sigma, noise=noise), x0, -x0, eps, t, noise=noise)
     n, k = (t.sqrt() if noise == "sqrt" else t).view(5, 1, 1, 1), (1 - t).view(5, 1, 1, 1)
-    angle = torch.atan2(n, k * sigma)  # x_t = scale (cos x0/σ_d + sin ε): v = cos ε - sin x0/σ_d
-    v = angle.cos() * eps - angle.sin() * x0 / sigma
+    angle = torch.atan2(n, k)  # x_t = scale (cos x0 + sin ε): v = cos ε - sin x0
+    v = angle.cos() * eps - angle.sin() * x0
     torch.testing.assert_close(ours, sum(((r - v) ** 2).mean((1, 2, 3)) for r in raw), rtol=1e-9, atol=0)
 
 
