@@ -431,7 +431,7 @@ U64 = dict(image_size=64, width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,
            iterations=400_000, lr=2e-4, ema=0.9999)
 DEFAULTS = {dataset: {**COMMON, **values} for dataset, values in {
     "shapes": dict(image_size=16, width=32, mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0, second="conv",
-                   batch_size=32, iterations=1200, lr=2e-3, ema=0.995, sigma_data=0.7),
+                   batch_size=32, iterations=1400, lr=2e-3, ema=0.995, sigma_data=0.7),
     "cifar10": {**U64, "image_size": 32, "iterations": 200_000},
     "celeba": U64,
     "celebahq": {**U64, "image_size": 256, "width": 64, "mult": (1, 1, 2, 2, 4, 4), "batch_size": 32},
