@@ -726,9 +726,9 @@ def test_data_folder_of_images_any_size_grey_or_colour(tmp_path, monkeypatch):
     wide = np.zeros((20, 60), np.uint8)
     wide[:, 20:40] = 200  # the centred square
     Image.fromarray(wide).save(folder / "a.png")
-    Image.fromarray(np.full((33, 9), 65535, np.uint16)).save(folder / "deep" / "b.png")
+    Image.fromarray(np.full((33, 9), 128 * 257, np.uint16)).save(folder / "deep" / "b.png")
     images = data.load("folder", folder, 10, here())
-    assert images.shape == (2, 1, 10, 10) and (images[0] == 200).all() and (images[1] == 255).all()
+    assert images.shape == (2, 1, 10, 10) and (images[0] == 200).all() and (images[1] == 128).all()
     assert (
         sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["a.png", "b.png"]
         and len(list((tmp_path / "data").iterdir())) == 1
@@ -1047,8 +1047,13 @@ def test_ddm_bad_checkpoints_are_sentences_and_never_executed(trained, capsys):
 
 
 def test_ddm_wrong_flags_are_sentences(tmp_path, monkeypatch, capsys):
-    """Bad arguments: exit 2 and a sentence, nothing created. Catches a traceback, and an exit status of 0."""
+    """Bad arguments: exit 2 and a sentence, before any training. Catches a traceback, and an exit status of 0."""
     monkeypatch.chdir(tmp_path)
+
+    def never(_):
+        raise AssertionError("the training began")
+
+    monkeypatch.setattr(data.Training, "__enter__", never)
     for flags in (
         "",
         "--train --widht 8",
