@@ -259,9 +259,10 @@ def warn_cost(model, shape, batch_size, steps, device):
     """On a CPU, time the network and say what the training ahead will cost, where that is over half an hour."""
     if device.type != "cpu":
         return
-    x, t = torch.zeros(2, *shape), torch.full((2,), 0.5)
+    n = min(8, batch_size)
+    x, t = torch.zeros(n, *shape), torch.full((n,), 0.5)
     with torch.no_grad():
-        step = 3 * batch_size / 2 * seconds(lambda: model(x, t), device, repeats=3)     # about three forward passes
+        step = 3 * batch_size / n * seconds(lambda: model(x, t), device, repeats=3)     # about three forward passes
     if step * steps > 1800:
         time_left = datetime.timedelta(seconds=round(step * steps))
         print(f"on the CPU: at about {step:.2g} s a step, {steps} steps take {time_left}. Ctrl-C saves, and the same "
