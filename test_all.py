@@ -1113,6 +1113,17 @@ def test_ddm_newest_run_is_sampled(trained, capsys):
     assert "ddm-shapes" in out
 
 
+def test_ddm_demo_fits_its_time_budget():
+    """The demo's training stays under 25 TFLOPs, which two cores at 0.1 TFLOP/s do in four of its five minutes. Catches
+    defaults that grow: counted, not timed, so that a busy machine does not decide it.
+    """
+    settings = ddm.DEFAULTS["shapes"]
+    with torch.device("meta"):
+        net, size = unet.UNet(**ddm.network_of(settings, 3)), settings["image_size"]
+        call = unet.flops(net, torch.randn(1, 3, size, size), torch.rand(1))
+    assert 3 * call * settings["batch_size"] * settings["iterations"] < 25e12
+
+
 def test_ddm_help_reads_like_a_page_and_imports_are_silent():
     """--help names every group and default; importing a file prints nothing and does nothing. Catches work at import."""
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import ddm, unet, data; assert not ddm.torch.distributed.is_initialized()"
