@@ -124,7 +124,7 @@ def start(device="auto"):
         torch.backends.cudnn.benchmark = True
     if world > 1:
         backend, ids = ("nccl", {"device_id": torch.device(device)}) if device.startswith("cuda") else ("gloo", {})
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12), **ids)   # the first may convert a dataset
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12), **ids)     # to convert a dataset in
     return Processes(torch.device(device), rank, world)
 
 
@@ -576,7 +576,7 @@ def draw_samples(draw, batch_size, run, args, identity, processes):
     if args.out:
         missing = sample_folder(draw, args.n, args.out, batch_size, text, processes)
         if processes.rank == 0:
-            print(f"sampled: {text}\nwrote {missing} PNGs into {args.out}, which has the first {args.n} now", flush=True)
+            print(f"sampled: {text}\nwrote {missing} PNGs into {args.out}, which has the first {args.n}", flush=True)
     elif processes.rank == 0:
         parts, frames, live, began = [], [], Live(), time.monotonic()
         for k in range(0, args.n, batch_size):
@@ -657,7 +657,8 @@ def parser(script, doc, defaults, paper):
     add("--out", metavar="FOLDER", help="write single PNGs, only, and only those missing; else two pictures")
     add = group["machine"].add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU, if there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if a GPU has it; fp32: with TF32 there")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="of the layers; auto: bf16 if a GPU has it; fp32: with TF32 products there (default: auto)")
     add("--compile", action="store_true", help="torch.compile the training: minutes at the start, then faster steps")
     return p, group
 

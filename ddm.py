@@ -192,8 +192,8 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
 def loss_weights(t, kind="edm", noise="sqrt", delta=1e-3):
     """(λ₁, λ₂) of ADM's Table V, each [B]. kind: one, inverse, exponential or edm; t: [B], kept delta off 0 and 1.
 
-    "edm", the paper's best, is V/t and V/(1-t)² with V = (1-t)² + t = t² - t + 1, the variance of x_t for data of variance 1
-    (and t² for t where the noise has standard deviation t).
+    "edm", the paper's best, is V/t and V/(1-t)² with V = (1-t)² + t = t² - t + 1, the variance of x_t for data of
+    variance 1 (and t² for t where the noise has standard deviation t).
     """
     if kind == "one":
         return torch.ones_like(t), torch.ones_like(t)
@@ -225,7 +225,7 @@ def loss(model, x0, phi, eps, t, h="constant", noise="sqrt", predict="both", wei
 # ------------------------------------------------------------------------------------------------------- 4 sampler
 
 def reverse_step(xt, phi, eps, t, s, z, h="constant", noise="sqrt"):
-    """One step of Algorithm 2, from t to t - s: a draw of q(x_{t-s} | x_t, x₀). t, s: [B]; z: [B, C, H, W] ~ N(0, I)."""
+    """One step of Algorithm 2, from t to t - s: a draw of q(x_{t-s} | x_t, x₀). t, s: [B]; z ~ N(0, I), as xt."""
     r = t - s
     if noise == "sqrt":
         pull, variance = s / t.sqrt(), s * r / t
@@ -283,7 +283,7 @@ def heads_for(solver, heads=None, h="constant"):
     if solver not in ("ddm", "ode", "ode2") or heads not in ("project", "image", "both", "forget"):
         raise ValueError(f"there is no solver {solver} with heads {heads}")
     if h != "constant" and (solver == "ode2" or heads == "project"):
-        raise ValueError(f"solver ode2 and heads project are for the constant attenuation, not {h}: use --solver ode or ddm")
+        raise ValueError(f"solver ode2 and heads project are for the constant attenuation, not {h}: use ode or ddm")
     return heads
 
 
@@ -405,8 +405,9 @@ def write_samples(run, settings, checkpoint, args, processes):
     data.restore(run, checkpoint, ema=net)
     seed = settings["seed"] if args.seed is None else args.seed
     solver = solver_of(settings, args)
-    options = {"solver": solver, "grid": args.grid or "quadratic", "heads": heads_for(solver, args.heads, settings["h"]),
-               "clip": args.clip, "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
+    heads = heads_for(solver, args.heads, settings["h"])
+    options = {"solver": solver, "grid": args.grid or "quadratic", "heads": heads, "clip": args.clip,
+               "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
                "delta": settings["delta"]}
     identity = {"weights": data.digest(checkpoint["ema"]), "seed": seed, "steps": args.steps,
                 "network calls per image": args.steps, **options}
