@@ -345,7 +345,8 @@ def train(run, settings, checkpoint, args, processes):
     model = predictor_of(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
     method = {key: settings[key] for key in ("h", "noise", "predict", "weights", "norm", "delta")}
     if processes.rank == 0:
-        unet.warn_cost(model, images.shape[1:], batch // processes.world, iterations - start, device)
+        alone = predictor_of(net, settings, args, processes)            # neither compiled nor waiting for the others
+        unet.warn_cost(alone, images.shape[1:], batch // processes.world, iterations - start, device)
 
     def snapshot(step):
         return {"network": network, "method": {key: settings[key] for key in settings if key not in NETWORK},

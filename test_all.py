@@ -408,8 +408,7 @@ def test_ddm_solvers_have_their_order(solver, order, noise):
             (ddm.sample(oracle(noise), x1, steps, solver, noise=noise, delta=1e-9) - exact).pow(2).mean().sqrt().item()
         )
 
-    for heads_error in [error]:
-        measured = math.log2(heads_error(100) / heads_error(200))
+    measured = math.log2(error(100) / error(200))
     assert abs(measured - order) < 0.12, measured
 
 
