@@ -12,6 +12,7 @@ import datetime
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -355,6 +356,14 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0][:160]
 
 
+def finished(run, settings, checkpoint, processes):
+    """Whether the run has all its steps; if so it says so."""
+    done = checkpoint is not None and checkpoint["step"] >= settings["iterations"]
+    if done and processes.rank == 0:
+        print(f"{run} is trained: {checkpoint['step']} of {settings['iterations']} steps (--iterations goes further)")
+    return done
+
+
 def restore(run, checkpoint, **parts):
     """Load a checkpoint's model, ema or optimizer into the objects given; returns its step (0 without a checkpoint)."""
     if checkpoint is None:
@@ -385,28 +394,31 @@ class Live:
 class Training:
     """The frame around a training loop, so that the loop itself shows only the paper's step:
 
-        with Training(run, snapshot, start, iterations, batch_size, processes) as training:
+        with Training(run, settings, checkpoint, network, parts, processes) as training:
             for step in training:
                 ...
                 training.record(values, t, grad_norm, lr)
 
-    It yields the steps to do; keeps the progress line and log.jsonl; saves snapshot(step) every `save_every` seconds,
-    at the last step, and before it exits on Ctrl-C (130) or SIGTERM (143), all processes at the same step; and stops
-    with a Problem when the loss or its gradient is not finite, leaving the last good checkpoint. The losses logged are
-    those of the first process's share of the batch.
+    parts: {"model": ..., "ema": ..., "optimizer": ...}, which it restores from the checkpoint, if there is one, and
+    saves with the network's arguments and the other settings. It yields the steps to do; keeps the progress line and
+    log.jsonl; saves every `save_every` seconds, at the last step, and before it exits on Ctrl-C (130) or SIGTERM (143),
+    all processes at the same step; and stops with a Problem when the loss or its gradient is not finite, leaving the
+    last good checkpoint. The losses logged are those of the first process's share of the batch.
     """
 
     bins = 5        # of t in [0, 1], for the loss per time bin
 
-    def __init__(self, run, snapshot, start, iterations, batch_size, processes, save_every=60.0):
-        self.run, self.snapshot, self.start, self.iterations = pathlib.Path(run), snapshot, start, iterations
-        self.batch_size, self.processes, self.save_every, self.signal = batch_size, processes, save_every, 0
+    def __init__(self, run, settings, checkpoint, network, parts, processes, save_every=60.0):
+        self.run, self.settings, self.network, self.parts = pathlib.Path(run), settings, network, parts
+        self.start, self.iterations = restore(run, checkpoint, **parts), settings["iterations"]
+        self.processes, self.save_every, self.signal = processes, save_every, 0
         self.log, self.live = self.run / "log.jsonl", Live()
         if processes.rank == 0:
             with explained("use", self.run):
                 self.run.mkdir(parents=True, exist_ok=True)
                 if self.log.exists():       # what came after the checkpoint, half a line perhaps, is done again
-                    kept = [line for line in self.log.read_text(errors="replace").splitlines() if _step(line) <= start]
+                    kept = self.log.read_text(errors="replace").splitlines()
+                    kept = [line for line in kept if _step(line) <= self.start]
                     write_atomically(self.log, "".join(line + "\n" for line in kept).encode())
 
     def __enter__(self):
@@ -457,8 +469,9 @@ class Training:
         if self.processes.rank == 0:
             self._report(step, now, bool(last or stop))
             if save:
-                buffer = io.BytesIO()
-                torch.save(self.snapshot(step), buffer)
+                method = {key: value for key, value in self.settings.items() if key not in self.network}
+                state, buffer = {name: part.state_dict() for name, part in self.parts.items()}, io.BytesIO()
+                torch.save({"network": self.network, "method": method, **state, "step": step}, buffer)
                 write_atomically(self.run / "checkpoint.pt", buffer.getbuffer())
             if stop:
                 print(f"stopped by {signal.Signals(stop).name} at step {step}; saved {self.run}/checkpoint.pt: the "
@@ -482,7 +495,7 @@ class Training:
 
     def _report(self, step, now, last):
         sums, seconds = self.sums.tolist(), max(now - self.logged, 1e-9)
-        loss, rate = sum(sums[0]) / max(1, sum(sums[1])), self.steps * self.batch_size / seconds
+        loss, rate = sum(sums[0]) / max(1, sum(sums[1])), self.steps * self.settings["batch_size"] / seconds
         left = (now - self.began) / max(1, step - self.start) * (self.iterations - step)
         left = datetime.timedelta(seconds=round(left))
         self.live(f"step {step}/{self.iterations}   loss {loss:.4f}   {rate:,.0f} images/s   {left} left", last)
@@ -526,13 +539,12 @@ def save_png(image, path, **text):
     write_atomically(path, buffer.getvalue())
 
 
-def trajectory(frames, images=4, most=11):
+def trajectory(frames):
     """The picture that teaches: a row of x_t, and under it one of the estimates x̂0, for each of a few images.
 
-    frames: list of (t, x_t [B, C, H, W], x̂0 [B, C, H, W]) in the sampler's order; at most `most` are shown, evenly.
+    frames: list of (t, x_t [B, C, H, W], x̂0 [B, C, H, W]) in the sampler's order.
     """
-    frames = [frames[i] for i in sorted({round(i * (len(frames) - 1) / (most - 1)) for i in range(most)})]
-    rows = [to_uint8(frame[k][i]) for i in range(min(images, len(frames[0][1]))) for k in (1, 2) for frame in frames]
+    rows = [to_uint8(frame[k][i]) for i in range(len(frames[0][1])) for k in (1, 2) for frame in frames]
     return picture(torch.stack(rows), len(frames), [f"t={t:.3g}" for t, _, _ in frames])
 
 
@@ -569,7 +581,8 @@ def sample_folder(draw, n, folder, batch_size, identity, processes):
 def draw_samples(draw, batch_size, run, args, identity, processes):
     """What --sample does, and the lines that say so.
 
-    draw(numbers, watch=None) -> [b, C, H, W] in [-1, 1]; identity: a dictionary of what makes the images what they are.
+    draw(numbers, watch=None) -> [b, C, H, W] in [-1, 1], which calls watch(t, x_t, x̂0) at each of the "network calls per
+    image" and at t = 0; identity: a dictionary of what makes the images what they are.
     """
     identity = {key: value for key, value in identity.items() if value is not None and value is not False}
     text = ", ".join(f"{key} {flag(value)}" for key, value in identity.items())
@@ -578,12 +591,20 @@ def draw_samples(draw, batch_size, run, args, identity, processes):
         if processes.rank == 0:
             print(f"sampled: {text}\nwrote {missing} PNGs into {args.out}, which has the first {args.n}", flush=True)
     elif processes.rank == 0:
-        parts, frames, live, began = [], [], Live(), time.monotonic()
+        parts, frames, live, began, calls = [], [], Live(), time.monotonic(), identity["network calls per image"]
+        shown = {round(i * calls / 10) for i in range(11)}                  # of the calls, and the end
         for k in range(0, args.n, batch_size):
-            parts.append(to_uint8(draw(range(k, min(args.n, k + batch_size)))).cpu())
-            live(f"{min(args.n, k + batch_size)} of {args.n} images", k + batch_size >= args.n)
+            numbers, count = range(k, min(args.n, k + batch_size)), itertools.count()
+
+            def watch(t, x, x0):
+                i = next(count)
+                if k == 0 and i in shown:
+                    frames.append((t, x[:4].cpu(), x0[:4].cpu()))
+                live(f"{k} of {args.n} images, call {min(i + 1, calls)} of {calls} for the next {len(numbers)}")
+
+            parts.append(to_uint8(draw(numbers, watch)).cpu())
+            live(f"{numbers[-1] + 1} of {args.n} images", numbers[-1] + 1 == args.n)
         rate = args.n / (time.monotonic() - began)
-        draw(range(min(4, args.n)), watch=lambda t, x, x0: frames.append((t, x.cpu(), x0.cpu())))
         save_png(picture(torch.cat(parts)), run / "samples.png", sample=text)
         save_png(trajectory(frames), run / "trajectory.png", sample=text)
         files = [run / name for name in ("samples.png", "trajectory.png", "checkpoint.pt", "log.jsonl")]
@@ -615,8 +636,11 @@ def flag(value):
     return (" ".join(map(str, value)) or "none") if isinstance(value, (list, tuple)) else str(value)
 
 
-def parser(script, doc, defaults, paper):
-    """The flags all scripts share: (argparse parser, its groups by name). What is not given is None or False."""
+def parser(script, doc, defaults, paper, steps="10"):
+    """The flags all scripts share: (argparse parser, its groups by name). What is not given is None or False.
+
+    steps: the default of --steps, in words.
+    """
     columns = {**defaults, **{f"{name}, paper": {**defaults[name], **values} for name, values in paper.items()}}
     first = next(iter(columns.values()))
     same = [key for key in first if all(column[key] == first[key] for column in columns.values())]
@@ -641,7 +665,7 @@ def parser(script, doc, defaults, paper):
     add("--preset", choices=("paper",), help="the paper's own hyper-parameters in place of the compact defaults")
     add("--iterations", type=number(int, 1), metavar="N", help="training steps in all, over which the rate decays")
     add("--batch-size", type=number(int, 1), metavar="N", help="images a step, shared between processes")
-    add("--lr", type=number(float, 0, above=True), help="learning rate at the start, more than 0")
+    add("--lr", type=number(float, 0, above=True), help="learning rate (at the start), more than 0")
     add("--ema", type=number(float, 0, 1), help="decay of the weights' moving average, 0 to 1")
     add("--seed", type=number(int, 0), help="of training and of sampling, 0 or more (default: 0, or the run's)")
     add("--save-every", type=number(float, 0), default=60.0, metavar="S", help="seconds between checkpoints (60)")
@@ -652,7 +676,7 @@ def parser(script, doc, defaults, paper):
     add("--attention", type=number(int, 1), nargs="*", metavar="PIXELS", help="sizes at which to attend: 16 8")
     add("--dropout", type=number(float, 0, 0.99), metavar="P", help="probability, 0 to 0.99")
     add = group["sampling"].add_argument
-    add("--steps", type=number(int, 1), default=10, metavar="N", help="solver steps (default: 10)")
+    add("--steps", type=number(int, 1), metavar="N", help=f"solver steps (default: {steps})")
     add("--n", type=number(int, 1), default=64, help="images to draw (default: 64)")
     add("--out", metavar="FOLDER", help="write single PNGs, only, and only those missing; else two pictures")
     add = group["machine"].add_argument

@@ -53,7 +53,6 @@ Measured results: README.md, "Results".
 """
 
 import argparse
-import copy
 import math
 
 import torch
@@ -330,29 +329,22 @@ def train(run, settings, checkpoint, args, processes):
     """Train, or go on, in the run directory until step settings["iterations"]. Source: Algorithm 1 and ADM Sec. V-A."""
     device, seed = processes.device, settings["seed"]
     batch, iterations = settings["batch_size"], settings["iterations"]
-    mine, draw = data.share(batch, processes), torch.Generator(device)
-    if checkpoint and checkpoint["step"] >= iterations:
-        if processes.rank == 0:
-            print(f"{run} is trained: {checkpoint['step']} of {iterations} steps (--iterations goes further)")
+    if data.finished(run, settings, checkpoint, processes):
         return
+    mine, draw = data.share(batch, processes), torch.Generator(device)
     images = data.load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
     network = network_of(settings, images.shape[1])
-    torch.manual_seed(data.seed("weights", seed))
-    net = unet.UNet(**network).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    net, ema = unet.create(network, device, data.seed("weights", seed))
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], fused=device.type in ("cpu", "cuda"))
-    start = data.restore(run, checkpoint, model=net, ema=ema, optimizer=optimizer)
+    parts = {"model": net, "ema": ema, "optimizer": optimizer}
+    training = data.Training(run, settings, checkpoint, network, parts, processes, args.save_every)
     model = predictor_of(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
     method = {key: settings[key] for key in ("h", "noise", "predict", "weights", "norm", "delta")}
     if processes.rank == 0:
         alone = predictor_of(net, settings, args, processes)            # neither compiled nor waiting for the others
-        unet.warn_cost(alone, images.shape[1:], batch // processes.world, iterations - start, device)
+        unet.warn_cost(alone, images.shape[1:], batch // processes.world, iterations - training.start, device)
 
-    def snapshot(step):
-        return {"network": network, "method": {key: settings[key] for key in settings if key not in NETWORK},
-                "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-
-    with data.Training(run, snapshot, start, iterations, batch, processes, args.save_every) as training:
+    with training:
         for step in training:
             draw.manual_seed(data.seed("batch", seed, step))            # the global batch is a function of these alone
             torch.manual_seed(data.seed("dropout", seed, step, processes.rank))
@@ -402,43 +394,33 @@ def solver_of(settings, args):
 def write_samples(run, settings, checkpoint, args, processes):
     """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
     device, network = processes.device, network_of(settings, checkpoint["network"].get("channels", 3))
-    net = unet.UNet(**network).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    net = unet.create(network, device)[1]
     data.restore(run, checkpoint, ema=net)
     seed = settings["seed"] if args.seed is None else args.seed
-    solver = solver_of(settings, args)
+    solver, steps = solver_of(settings, args), args.steps or 10
     heads = heads_for(solver, args.heads, settings["h"])
     options = {"solver": solver, "grid": args.grid or "quadratic", "heads": heads, "clip": args.clip,
                "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
                "delta": settings["delta"]}
-    identity = {"weights": data.digest(checkpoint["ema"]), "seed": seed, "steps": args.steps,
-                "network calls per image": args.steps, **options}
-    size = (network["channels"], network["size"], network["size"])
-    batch = min(args.n, max(1, (512 if device.type == "cuda" else 64) * 32 ** 2 // network["size"] ** 2))
-    x = torch.randn(batch, *size, device=device).contiguous(memory_format=torch.channels_last)
-    model = unet.fast(predictor_of(net, settings, args, processes), x, torch.ones(batch, device=device))
+    identity = {"weights": data.digest(checkpoint["ema"]), "seed": seed, "steps": steps,
+                "network calls per image": steps, **options}
+    x = unet.batch_like(args.n, network, device)
+    model = unet.fast(predictor_of(net, settings, args, processes), x, x.new_ones(len(x)))
 
     def draw(numbers, watch=None):
         generators = data.image_generators(seed, numbers)
-        x1 = data.randn(x[:1].expand(len(numbers), *size), generators).contiguous(memory_format=torch.channels_last)
-        return sample(model, x1, args.steps, generator=generators, watch=watch, **options) / scale_of(settings)
+        x1 = data.randn(x[:1].expand(len(numbers), -1, -1, -1), generators).contiguous(memory_format=torch.channels_last)
+        return sample(model, x1, steps, generator=generators, watch=watch, **options) / scale_of(settings)
 
-    data.draw_samples(draw, batch, run, args, identity, processes)
+    data.draw_samples(draw, len(x), run, args, identity, processes)
 
 
 # -------------------------------------------------------------------------------------------------- 6 command line
 
 COMMON = dict(h="constant", noise="sqrt", predict="both", precondition=True, second="decoder", weights="edm", norm="l2",
               sigma_data=0.5, delta=1e-3, seed=0)
-U64 = dict(image_size=64, width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1, batch_size=128,
-           iterations=400_000, lr=2e-4, ema=0.9999)
-DEFAULTS = {dataset: {**COMMON, **values} for dataset, values in {
-    "shapes": dict(image_size=16, width=32, mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0, second="conv",
-                   batch_size=32, iterations=1400, lr=2e-3, ema=0.995, sigma_data=0.7),
-    "cifar10": {**U64, "image_size": 32, "iterations": 200_000},
-    "celeba": U64,
-    "celebahq": {**U64, "image_size": 256, "width": 64, "mult": (1, 1, 2, 2, 4, 4), "batch_size": 32},
-    "lsun-church": {**U64, "image_size": 128, "width": 96, "mult": (1, 1, 2, 2, 4), "batch_size": 64},
-    "folder": U64}.items()}
+DEFAULTS = {dataset: {**sizes, **COMMON} for dataset, sizes in unet.COMPACT.items()}
+DEFAULTS["shapes"] |= dict(second="conv", sigma_data=0.7)
 TABLE_I = dict(precondition=False, blocks=3, attention=(16, 8), mult=(1, 2, 2, 2), lr=1e-4, ema=0.9999, delta=1e-3)
 PAPER = {"cifar10": {**TABLE_I, "width": 160, "batch_size": 128, "iterations": 800_000},
          "celebahq": {**TABLE_I, "width": 128, "batch_size": 48, "iterations": 400_000}}

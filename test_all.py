@@ -920,7 +920,7 @@ def test_ddm_average_of_weights_keeps_no_graph(trained, capsys, monkeypatch):
     gigabytes of it.
     """
     copies = []
-    monkeypatch.setattr(ddm.copy, "deepcopy", lambda net, f=ddm.copy.deepcopy: copies.append(f(net)) or copies[0])
+    monkeypatch.setattr(unet.copy, "deepcopy", lambda net, f=unet.copy.deepcopy: copies.append(f(net)) or copies[0])
     run_main(capsys, "--train", "--iterations", 6, status=0)
     assert not any(p.requires_grad for p in copies[0].parameters())
     assert all(torch.equal(a, b) for a, b in zip(copies[0].state_dict().values(), weights(trained)["ema"].values()))

@@ -29,6 +29,7 @@ its whole group, and in narrow networks a group is a channel or a few.)
 """
 
 import argparse
+import copy
 import datetime
 import math
 import time
@@ -65,11 +66,11 @@ def time_embedding(t, dim):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, about 64 channels a head (the largest count of heads that divides C)."""
+    """Self-attention over all pixels, about head_dim channels a head (the largest count of heads that divides C)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, head_dim):
         super().__init__()
-        self.heads = max(n for n in range(1, max(1, channels // 64) + 1) if channels % n == 0)
+        self.heads = max(n for n in range(1, max(1, channels // head_dim) + 1) if channels % n == 0)
         self.norm, self.qkv = norm(channels), conv(channels, 3 * channels, kernel=1)
         self.out = conv(channels, channels, kernel=1, zero=True)
 
@@ -81,20 +82,19 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block with time added between its convolutions, as in DDPM (Ho et al. 2020), and attention where
-    `attend`.
+    """Residual block with time added between its convolutions, as in DDPM (Ho et al. 2020), and attention if head_dim.
 
     x: [B, c_in, H, W], emb: [B, emb] -> [B, c_out, H, W].
     """
 
-    def __init__(self, c_in, c_out, emb, dropout, attend=False):
+    def __init__(self, c_in, c_out, emb, dropout, head_dim=None):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
         self.time = nn.Linear(emb, c_out)
         self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, zero=True)
         self.dropout = nn.Dropout(dropout)
         self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
-        self.attention = Attention(c_out) if attend else nn.Identity()
+        self.attention = Attention(c_out, head_dim) if head_dim else nn.Identity()
 
     def forward(self, x, emb):
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))
@@ -136,11 +136,12 @@ class UNet(nn.Module):
     x: [B, channels, H, W] with H and W divisible by 2^(levels - 1) (ValueError otherwise). t: [B] in [0, 1]. width:
     channels of the first level (divisible by 8); mult: each level's width over it; blocks: residual blocks a level.
     attention: sizes; a level attends where size / 2^level is listed, whatever the size of the input. second:
-    "decoder" or "conv", what the second and further outputs are made by. Every output starts at zero.
+    "decoder" or "conv", what the second and further outputs are made by. head_dim: channels of an attention head.
+    Every output starts at zero.
     """
 
     def __init__(self, channels=3, outputs=(3, 3), width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,),
-                 dropout=0.1, size=32, second="decoder"):
+                 dropout=0.1, size=32, second="decoder", head_dim=64):
         super().__init__()
         if width % 8 or width <= 0:
             raise ValueError(f"the network's width must be a positive multiple of 8, not {width}")
@@ -150,7 +151,7 @@ class UNet(nn.Module):
         if second not in ("decoder", "conv"):
             raise ValueError(f"second must be 'decoder' or 'conv', not {second!r}")
         widths, emb = [width * m for m in mult], 4 * width
-        attend = [size / 2 ** i in attention for i in range(len(widths))]
+        attend = [head_dim if size / 2 ** i in attention else None for i in range(len(widths))]
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.first = conv(channels, width)
 
@@ -166,7 +167,7 @@ class UNet(nn.Module):
             if i + 1 < len(widths):
                 self.down.append(conv(c, c, stride=2))
                 skips.append(c)
-        self.middle = nn.ModuleList([Block(c, c, emb, dropout, attend=True), Block(c, c, emb, dropout)])
+        self.middle = nn.ModuleList([Block(c, c, emb, dropout, head_dim), Block(c, c, emb, dropout)])
 
         decoders = len(outputs) if second == "decoder" else 1
         self.decoders = nn.ModuleList(Decoder(skips, widths, blocks, attend, emb, dropout) for _ in range(decoders))
@@ -194,6 +195,35 @@ class UNet(nn.Module):
             h = block(h, emb)
         features = [decoder(h, skips, emb) for decoder in self.decoders]
         return tuple(head(features[min(i, len(features) - 1)]) for i, head in enumerate(self.heads))
+
+
+# Sizes for every dataset that train on one GPU in an evening (cifar10) or in minutes on two CPU cores (shapes), the
+# same for all four methods. U64 is DDPM's network.
+U64 = dict(image_size=64, width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1, batch_size=128,
+           iterations=400_000, lr=2e-4, ema=0.9999)
+COMPACT = {
+    "shapes": dict(image_size=16, width=32, mult=(1, 2, 2), blocks=1, attention=(8,), dropout=0.0, batch_size=32,
+                   iterations=1400, lr=2e-3, ema=0.995),
+    "cifar10": {**U64, "image_size": 32, "iterations": 200_000},
+    "celeba": U64,
+    "celebahq": {**U64, "image_size": 256, "width": 64, "mult": (1, 1, 2, 2, 4, 4), "batch_size": 32},
+    "lsun-church": {**U64, "image_size": 128, "width": 96, "mult": (1, 1, 2, 2, 4), "batch_size": 64},
+    "folder": U64}
+
+
+def create(network, device, seed=0):
+    """(UNet(**network), a copy of it for the average of its weights, which needs no gradients), both on the device."""
+    torch.manual_seed(seed)
+    net = UNet(**network).to(device, memory_format=torch.channels_last)
+    return net, copy.deepcopy(net).eval().requires_grad_(False)
+
+
+def batch_like(n, network, device):
+    """Zeros [b, C, S, S] in channels_last: as many of n images of that network as are drawn at once on this device."""
+    size = network["size"]
+    b = min(n, max(1, (512 if device.type == "cuda" else 64) * 32 ** 2 // size ** 2))
+    x = torch.zeros(b, network["channels"], size, size, device=device)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def fast(net, x, t):
