@@ -394,23 +394,25 @@ class Live:
 class Training:
     """The frame around a training loop, so that the loop itself shows only the paper's step:
 
-        with Training(run, settings, checkpoint, network, parts, processes) as training:
-            for step in training:
+        with Training(run, settings, checkpoint, network, net, ema, optimizer, processes) as training:
+            for step, draw in training:
                 ...
                 training.record(values, t, grad_norm, lr)
 
-    parts: {"model": ..., "ema": ..., "optimizer": ...}, which it restores from the checkpoint, if there is one, and
-    saves with the network's arguments and the other settings. It yields the steps to do; keeps the progress line and
-    log.jsonl; saves every `save_every` seconds, at the last step, and before it exits on Ctrl-C (130) or SIGTERM (143),
-    all processes at the same step; and stops with a Problem when the loss or its gradient is not finite, leaving the
-    last good checkpoint. The losses logged are those of the first process's share of the batch.
+    It restores net, ema and optimizer from the checkpoint, if there is one, and saves them with the network's arguments
+    and the other settings. It yields the steps to do, each with a generator seeded by (seed, step) from which to draw
+    the global batch and all that goes with it; torch's own, dropout's, is seeded by (seed, step, rank). It keeps the
+    progress line and log.jsonl; saves every `save_every` seconds, at the last step, and before it exits on Ctrl-C (130)
+    or SIGTERM (143), all processes at the same step; and stops with a Problem when the loss or its gradient is not
+    finite, leaving the last good checkpoint. The losses logged are those of the first process's share of the batch.
     """
 
     bins = 5        # of t in [0, 1], for the loss per time bin
 
-    def __init__(self, run, settings, checkpoint, network, parts, processes, save_every=60.0):
-        self.run, self.settings, self.network, self.parts = pathlib.Path(run), settings, network, parts
-        self.start, self.iterations = restore(run, checkpoint, **parts), settings["iterations"]
+    def __init__(self, run, settings, checkpoint, network, net, ema, optimizer, processes, save_every=60.0):
+        self.run, self.settings, self.network = pathlib.Path(run), settings, network
+        self.parts = {"model": net, "ema": ema, "optimizer": optimizer}
+        self.start, self.iterations = restore(run, checkpoint, **self.parts), settings["iterations"]
         self.processes, self.save_every, self.signal = processes, save_every, 0
         self.log, self.live = self.run / "log.jsonl", Live()
         if processes.rank == 0:
@@ -437,8 +439,11 @@ class Training:
     def __iter__(self):
         self.began = self.saved = self.logged = self.looked = time.monotonic()
         self._reset()
+        draw = torch.Generator(self.processes.device)
         for step in range(self.start, self.iterations):
-            yield step
+            draw.manual_seed(seed("batch", self.settings["seed"], step))
+            torch.manual_seed(seed("dropout", self.settings["seed"], step, self.processes.rank))
+            yield step, draw
             self._after(step + 1)
 
     def _reset(self):
@@ -551,7 +556,7 @@ def trajectory(frames):
 def sample_folder(draw, n, folder, batch_size, identity, processes):
     """Write images 0 to n-1 as folder/000000.png ... and nothing else, only those missing; returns how many were.
 
-    identity: text that names the run, seed and solver, kept inside every PNG; a folder with anything else is refused.
+    draw(numbers) -> uint8 [b, C, H, W]. identity: text that names the run, seed and solver, kept inside every PNG; a folder with anything else is refused.
     """
     folder = pathlib.Path(folder)
     with explained("use", folder):
@@ -568,7 +573,7 @@ def sample_folder(draw, n, folder, batch_size, identity, processes):
     mine, live, began = missing[processes.rank::processes.world], Live(), time.monotonic()
     for k in range(0, len(mine), batch_size):
         names = mine[k:k + batch_size]
-        for name, image in zip(names, to_uint8(draw([int(name[:-4]) for name in names])).cpu()):
+        for name, image in zip(names, draw([int(name[:-4]) for name in names])):
             pixels = image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
             save_png(Image.fromarray(pixels), folder / name, sample=identity)
         if processes.rank == 0:
@@ -578,33 +583,40 @@ def sample_folder(draw, n, folder, batch_size, identity, processes):
     return len(missing)
 
 
-def draw_samples(draw, batch_size, run, args, identity, processes):
+def draw_samples(draw, x, run, checkpoint, args, calls, options, processes):
     """What --sample does, and the lines that say so.
 
-    draw(numbers, watch=None) -> [b, C, H, W] in [-1, 1], which calls watch(t, x_t, x̂0) at each of the "network calls per
-    image" and at t = 0; identity: a dictionary of what makes the images what they are.
+    draw(x1, generators, watch) -> [b, C, H, W] in [-1, 1], from noise x1 of which image i is a function of (seed, i), as
+    are the generators; it calls watch(t, x_t, x̂0) at each of its `calls` of the network, and at t = 0. x: zeros, as many
+    as are drawn at once. options: a dictionary of what else makes the images what they are.
     """
-    identity = {key: value for key, value in identity.items() if value is not None and value is not False}
-    text = ", ".join(f"{key} {flag(value)}" for key, value in identity.items())
+    seed, frames, live = checkpoint["method"]["seed"] if args.seed is None else args.seed, [], Live()
+    identity = {"weights": digest(checkpoint["ema"]), "seed": seed, "network calls per image": calls, **options}
+    text = ", ".join(f"{key} {flag(value)}" for key, value in identity.items() if value is not None and value is not False)
+    shown = {round(i * calls / 10) for i in range(11)}                      # of the calls, and the end
+
+    def images(numbers):
+        generators, count = image_generators(seed, numbers), itertools.count()
+        x1 = randn(x[:1].expand(len(numbers), -1, -1, -1), generators).contiguous(memory_format=torch.channels_last)
+
+        def watch(t, x, x0):
+            i = next(count)
+            if numbers[0] == 0 and i in shown:
+                frames.append((t, x[:4].cpu(), x0[:4].cpu()))
+            if processes.rank == 0:
+                live(f"images {numbers[0]} to {numbers[-1]}: call {min(i + 1, calls)} of {calls}")
+
+        return to_uint8(draw(x1, generators, watch)).cpu()
+
     if args.out:
-        missing = sample_folder(draw, args.n, args.out, batch_size, text, processes)
+        missing = sample_folder(images, args.n, args.out, len(x), text, processes)
         if processes.rank == 0:
             print(f"sampled: {text}\nwrote {missing} PNGs into {args.out}, which has the first {args.n}", flush=True)
     elif processes.rank == 0:
-        parts, frames, live, began, calls = [], [], Live(), time.monotonic(), identity["network calls per image"]
-        shown = {round(i * calls / 10) for i in range(11)}                  # of the calls, and the end
-        for k in range(0, args.n, batch_size):
-            numbers, count = range(k, min(args.n, k + batch_size)), itertools.count()
-
-            def watch(t, x, x0):
-                i = next(count)
-                if k == 0 and i in shown:
-                    frames.append((t, x[:4].cpu(), x0[:4].cpu()))
-                live(f"{k} of {args.n} images, call {min(i + 1, calls)} of {calls} for the next {len(numbers)}")
-
-            parts.append(to_uint8(draw(numbers, watch)).cpu())
-            live(f"{numbers[-1] + 1} of {args.n} images", numbers[-1] + 1 == args.n)
+        began = time.monotonic()
+        parts = [images(range(k, min(args.n, k + len(x)))) for k in range(0, args.n, len(x))]
         rate = args.n / (time.monotonic() - began)
+        live(f"{args.n} of {args.n} images", last=True)
         save_png(picture(torch.cat(parts)), run / "samples.png", sample=text)
         save_png(trajectory(frames), run / "trajectory.png", sample=text)
         files = [run / name for name in ("samples.png", "trajectory.png", "checkpoint.pt", "log.jsonl")]

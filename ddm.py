@@ -327,27 +327,22 @@ def sample(net, x1, steps, solver="ddm", grid="quadratic", clip=False, generator
 
 def train(run, settings, checkpoint, args, processes):
     """Train, or go on, in the run directory until step settings["iterations"]. Source: Algorithm 1 and ADM Sec. V-A."""
-    device, seed = processes.device, settings["seed"]
-    batch, iterations = settings["batch_size"], settings["iterations"]
     if data.finished(run, settings, checkpoint, processes):
         return
-    mine, draw = data.share(batch, processes), torch.Generator(device)
+    device, batch, iterations = processes.device, settings["batch_size"], settings["iterations"]
+    mine = data.share(batch, processes)                     # this process's slice of the global batch
     images = data.load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
     network = network_of(settings, images.shape[1])
-    net, ema = unet.create(network, device, data.seed("weights", seed))
+    net, ema = unet.create(network, device, data.seed("weights", settings["seed"]))
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], fused=device.type in ("cpu", "cuda"))
-    parts = {"model": net, "ema": ema, "optimizer": optimizer}
-    training = data.Training(run, settings, checkpoint, network, parts, processes, args.save_every)
+    training = data.Training(run, settings, checkpoint, network, net, ema, optimizer, processes, args.save_every)
+    alone = predictor_of(net, settings, args, processes)    # neither compiled nor waiting for the other processes
+    unet.warn_cost(alone, images.shape[1:], batch, iterations - training.start, processes)
     model = predictor_of(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
     method = {key: settings[key] for key in ("h", "noise", "predict", "weights", "norm", "delta")}
-    if processes.rank == 0:
-        alone = predictor_of(net, settings, args, processes)            # neither compiled nor waiting for the others
-        unet.warn_cost(alone, images.shape[1:], batch // processes.world, iterations - training.start, device)
 
     with training:
-        for step in training:
-            draw.manual_seed(data.seed("batch", seed, step))            # the global batch is a function of these alone
-            torch.manual_seed(data.seed("dropout", seed, step, processes.rank))
+        for step, draw in training:
             x0 = data.draw_batch(images, batch, draw) * scale_of(settings)
             t = settings["delta"] + (1 - settings["delta"]) * torch.rand(batch, generator=draw, device=device)
             eps = torch.randn(x0.shape, generator=draw, device=device)
@@ -393,26 +388,20 @@ def solver_of(settings, args):
 
 def write_samples(run, settings, checkpoint, args, processes):
     """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
-    device, network = processes.device, network_of(settings, checkpoint["network"].get("channels", 3))
-    net = unet.create(network, device)[1]
+    network = network_of(settings, checkpoint["network"].get("channels", 3))
+    net = unet.create(network, processes.device)[1]
     data.restore(run, checkpoint, ema=net)
-    seed = settings["seed"] if args.seed is None else args.seed
     solver, steps = solver_of(settings, args), args.steps or 10
-    heads = heads_for(solver, args.heads, settings["h"])
-    options = {"solver": solver, "grid": args.grid or "quadratic", "heads": heads, "clip": args.clip,
-               "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
+    options = {"solver": solver, "grid": args.grid or "quadratic", "heads": heads_for(solver, args.heads, settings["h"]),
+               "clip": args.clip, "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
                "delta": settings["delta"]}
-    identity = {"weights": data.digest(checkpoint["ema"]), "seed": seed, "steps": steps,
-                "network calls per image": steps, **options}
-    x = unet.batch_like(args.n, network, device)
+    x = unet.batch_like(args.n, network, processes.device)
     model = unet.fast(predictor_of(net, settings, args, processes), x, x.new_ones(len(x)))
 
-    def draw(numbers, watch=None):
-        generators = data.image_generators(seed, numbers)
-        x1 = data.randn(x[:1].expand(len(numbers), -1, -1, -1), generators).contiguous(memory_format=torch.channels_last)
+    def draw(x1, generators, watch):
         return sample(model, x1, steps, generator=generators, watch=watch, **options) / scale_of(settings)
 
-    data.draw_samples(draw, len(x), run, args, identity, processes)
+    data.draw_samples(draw, x, run, checkpoint, args, steps, options, processes)
 
 
 # -------------------------------------------------------------------------------------------------- 6 command line

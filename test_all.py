@@ -22,11 +22,13 @@ import pytest
 import torch
 from PIL import Image
 
+import blurring
 import data
 import ddm
 import unet
 
 HERE = pathlib.Path(__file__).parent
+SCRIPTS = pytest.mark.parametrize("script", [ddm, blurring], ids=lambda script: script.__name__)
 ATTENUATIONS = ["constant", "linear", "quadratic", "exponential", "sine"]
 TINY = "--width 8 --mult 1 1 --blocks 1 --attention --batch-size 4 --device cpu".split()
 
@@ -526,6 +528,529 @@ def test_ddm_sampling_is_deterministic_per_image():
     assert not torch.equal(together[0], together[1])
 
 
+# ------------------------------------------------------------------------------------------ blurring: the transform
+
+
+SETTINGS = [dict(sigma_blur_max=b, schedule=s) for b in (0.0, 1.0, 10.0, 20.0) for s in ("sin2", "sin")]
+HEAT = dict(process="ihdm", schedule="log", d_min=0.0, sigma_blur_max=24.0, levels=200)
+
+
+def test_blurring_dct_is_the_sum_of_cosines():
+    """The orthonormal DCT-II with its sums written out, any H and W. Catches another type or scale, and a swap of the
+    axes.
+    """
+    x = randn(2, 3, 5, 8)
+    u = blurring.dct(x)
+    for k, l in [(0, 0), (0, 3), (2, 0), (4, 7), (1, 5)]:
+        scale = math.sqrt((1 if k == 0 else 2) / 5) * math.sqrt((1 if l == 0 else 2) / 8)
+        total = sum(
+            x[:, :, n, m] * math.cos(math.pi * (2 * n + 1) * k / 10) * math.cos(math.pi * (2 * m + 1) * l / 16)
+            for n in range(5)
+            for m in range(8)
+        )
+        torch.testing.assert_close(u[:, :, k, l], scale * total, rtol=0, atol=1e-13)
+    big = randn(1, 1, 32, 48)
+    assert abs(blurring.dct(big)[0, 0, 0, 0] - math.sqrt(32 * 48) * big.mean()) < 1e-12
+    for size in (1, 2, 31, 64, 128):
+        y = randn(1, 1, size, size + 3, seed=size)
+        torch.testing.assert_close(blurring.idct(blurring.dct(y)), y, rtol=0, atol=5e-13)
+        torch.testing.assert_close(blurring.dct(y).square().sum(), y.square().sum(), rtol=1e-13, atol=0)
+
+
+def test_blurring_dct_keeps_float32s_digits():
+    """The float32 transform is as good as rounding allows (2e-6 at 128 pixels). Catches a matrix built in float32."""
+    x = randn(1, 1, 128, 128)
+    error = (blurring.dct(x.float()).double() - blurring.dct(x)).abs().max()
+    assert error < 6e-6 and blurring.dct(x.float()).dtype == torch.float32
+    C = blurring.dct_matrix(128, torch.float32, torch.device("cpu")).double()
+    k, i = np.arange(128)[:, None], np.arange(128)[None]
+    exact = np.sqrt(np.where(k == 0, 1, 2) / 128) * np.cos(np.pi * (2 * i + 1) * k / 256)
+    assert np.abs(C.numpy() - exact).max() < 1e-8
+
+
+# ------------------------------------------------------------------------------------------- blurring: the schedules
+
+
+def blurred(x, sigma, **options):
+    """x blurred by sigma pixels, without noise."""
+    options = {"process": "cold", "d_min": 0.0, "sigma_blur_max": sigma, **options}
+    return blurring.diffuse(x, torch.zeros_like(x), full(1, len(x)), **options)
+
+
+def test_blurring_is_a_gaussian_blur_in_pixels():
+    """Dissipation for τ = σ_B²/2 is a Gaussian of σ_B pixels (Eq. 9): an impulse becomes exp(-r²/2σ²)/2πσ². Catches
+    Appendix A's sigma_t² / 2, and λ without its square or its π.
+    """
+    x = torch.zeros(1, 1, 61, 71, dtype=torch.float64)
+    x[0, 0, 30, 35] = 1
+    r2 = (torch.arange(61)[:, None] - 30) ** 2 + (torch.arange(71)[None] - 35) ** 2
+    for sigma in (1.5, 3.0, 5.0):
+        gaussian = torch.exp(-r2 / (2 * sigma**2)) / (2 * math.pi * sigma**2)
+        torch.testing.assert_close(blurred(x, sigma)[0, 0], gaussian.double(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(blurred(blurred(x, 1.5), 2.0), blurred(x, 2.5), rtol=0, atol=1e-13)
+    y = rand(2, 3, 32, 48)
+    torch.testing.assert_close(blurred(y, 7.0).mean((2, 3)), y.mean((2, 3)), rtol=0, atol=1e-13)
+
+
+def test_blurring_blur_grows_from_none_to_its_maximum():
+    """Eq. 26 and its Table 4 at t = 0, 1/2 and 1 by hand; IHDM's levels are exp(linspace(ln ½, ln max, K)). Catches a
+    missing square and an index off by one.
+    """
+    t = torch.tensor([0, 1 / 2, 1], dtype=torch.float64)
+    for schedule, middle in (("sin2", 10), ("sin", 20 * math.sqrt(0.5))):
+        np.testing.assert_allclose(blurring.sigma_blur(t, 20.0, schedule), [0, middle, 20], rtol=1e-12)
+    levels = blurring.sigma_blur(torch.arange(201, dtype=torch.float64) / 200, 24.0, "log", 200)
+    np.testing.assert_allclose(levels, [0, *np.exp(np.linspace(np.log(0.5), np.log(24), 200))], rtol=1e-12)
+
+
+def test_blurring_damping_keeps_d_min():
+    """Eq. 27: 1 for the mean, exactly between d_min and 1, falling in t and in frequency. Catches exp(-λτ) + d_min."""
+    t = torch.linspace(0, 1, 21, dtype=torch.float64)
+    a, _ = blurring.noise_schedule(t)
+    d = blurring.alpha_sigma(t, 32)[0] / a
+    assert (d[:, :, 0, 0] - 1).abs().max() < 1e-14 and (d[0] - 1).abs().max() < 1e-14 and abs(d[-1].min() - 1e-3) < 1e-9
+    assert (d.diff(dim=0) <= 1e-15).all() and (d.diff(dim=2) <= 0).all() and (d.diff(dim=3) <= 0).all()
+    half = blurring.alpha_sigma(full(0.5, 1), (16, 32))[0] / blurring.noise_schedule(full(0.5, 1))[0]
+    assert abs(half[0, 0, 0, 1].item() - (0.001 + 0.999 * math.exp(-((math.pi / 32) ** 2) * 50))) < 1e-12
+
+
+def test_blurring_noise_schedule_is_that_of_the_appendix():
+    """a² + σ² = 1, log-SNR exactly ± 10 at the ends, and Appendix A's logsnr between, by its tan and sigmoid. Catches
+    a clipped log-SNR, which is another schedule.
+    """
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    a, sigma = (v.flatten() for v in blurring.noise_schedule(t))
+    low, span = np.arctan(np.exp(-5)), np.arctan(np.exp(5)) - np.arctan(np.exp(-5))
+    logsnr = -2 * np.log(np.tan(span * t.numpy() + low))
+    np.testing.assert_allclose(a, 1 / np.sqrt(1 + np.exp(-logsnr)), rtol=1e-10)
+    np.testing.assert_allclose(sigma, 1 / np.sqrt(1 + np.exp(logsnr)), rtol=1e-10)
+    np.testing.assert_allclose((2 * (a / sigma).log())[[0, -1]], [10, -10], rtol=1e-10)
+    np.testing.assert_allclose(a**2 + sigma**2, 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["sin2", "sin", "log"])
+def test_blurring_schedules_follow_the_dtype_and_shape(schedule):
+    """float32 in, float32 out; any height and width; [B, 1, H, W] and [B, 1, 1, 1]. Catches a constant in float64."""
+    alpha, sigma = blurring.alpha_sigma(torch.tensor([0.2, 0.9, 1.0]), (12, 20), schedule=schedule)
+    assert alpha.shape == (3, 1, 12, 20) and sigma.shape == (3, 1, 1, 1)
+    assert alpha.dtype == sigma.dtype == torch.float32 and torch.isfinite(alpha).all() and (alpha > 0).all()
+
+
+# ---------------------------------------------------------------------------- blurring: transition and posterior
+
+
+def pairs(n=9):
+    """All s < t of a grid on [0, 1], as two tensors."""
+    grid = torch.linspace(0, 1, n, dtype=torch.float64)
+    i, j = torch.triu_indices(n, n, 1)
+    return grid[j], grid[i]
+
+
+@pytest.mark.parametrize("blur", SETTINGS)
+def test_blurring_every_transition_is_a_distribution(blur):
+    """σ²_t|s > 0 at every frequency, for near and far times, in float32 too (Eq. 16): the process is Markov. Catches
+    Appendix A's sigma2_ts.
+    """
+    t, s = pairs(41)
+    assert blurring.transition(t, s, 32, **blur)[1].min() > 0
+    near = torch.linspace(0, 1, 1001)
+    assert blurring.transition(near[1:], near[:-1], 32, **blur)[1].min() > 0
+    exact = blurring.transition(near[1:].double(), near[:-1].double(), 32, **blur)[1]
+    torch.testing.assert_close(blurring.transition(near[1:], near[:-1], 32, **blur)[1].double(), exact, rtol=3e-4, atol=0)
+
+
+@pytest.mark.parametrize("blur", [SETTINGS[0], SETTINGS[6], SETTINGS[7], HEAT])
+def test_blurring_transitions_compose(blur):
+    """Going r -> s -> t is going r -> t: α_t|r = α_t|s α_s|r, σ²_t|r = α²_t|s σ²_s|r + σ²_t|s; and from the marginal
+    at s to that at t (Eq. 16, 20). Catches a transition that does not belong to the marginals.
+    """
+    r, s, t = full(0.15, 1), full(0.4, 1), full(0.85, 1)
+    (a_sr, v_sr), (a_ts, v_ts), (a_tr, v_tr) = (
+        blurring.transition(late, early, (8, 16), **blur) for late, early in ((s, r), (t, s), (t, r))
+    )
+    torch.testing.assert_close(a_tr, a_ts * a_sr, rtol=1e-11, atol=1e-300)
+    torch.testing.assert_close(v_tr, a_ts**2 * v_sr + v_ts, rtol=1e-10, atol=1e-14)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = (blurring.alpha_sigma(v, (8, 16), **blur) for v in (s, t))
+    torch.testing.assert_close(a_ts * alpha_s, alpha_t, rtol=1e-11, atol=1e-300)
+    torch.testing.assert_close((a_ts**2 * sigma_s**2 + v_ts).sqrt(), sigma_t.expand_as(v_ts), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("blur", [*SETTINGS, HEAT])
+def test_blurring_posterior_is_gaussian_conditioning(blur):
+    """Eq. 18, 19 against conditioning the joint Gaussian of (u_s, u_t) given x, cov = α_t|s σ_s². Catches any wrong
+    coefficient, and 0 · ∞ where a coefficient is not diffused at all (IHDM's mean, and all that underflows).
+    """
+    t, s = pairs()
+    n = len(t)
+    ut, ux = randn(n, 1, 8, 12, seed=1), randn(n, 1, 8, 12, seed=2)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = (blurring.alpha_sigma(v, (8, 12), **blur) for v in (s, t))
+    covariance = blurring.transition(t, s, (8, 12), **blur)[0] * sigma_s**2
+    mean, variance = blurring.posterior(ut, ux, t, s, **blur)
+    expected = alpha_s * ux + covariance / sigma_t**2 * (ut - alpha_t * ux)
+    torch.testing.assert_close(mean, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(variance, sigma_s**2 - covariance**2 / sigma_t**2, rtol=0, atol=1e-12)
+    assert (variance >= -1e-18).all()
+
+
+@pytest.mark.parametrize("blur", SETTINGS)
+def test_blurring_posterior_mean_from_the_noise_is_the_same(blur):
+    """Eq. 24 printed in full, from u_ε, has the mean of Eq. 19 from u_x: and so has its short form here. Catches the
+    three slips of Appendix A's `denoise`.
+    """
+    t, s = pairs()
+    ux, u_eps = randn(len(t), 1, 8, 12, seed=1), randn(len(t), 1, 8, 12, seed=2)
+    (_, sigma_s), (alpha_t, sigma_t) = (blurring.alpha_sigma(v, (8, 12), **blur) for v in (s, t))
+    ut = alpha_t * ux + sigma_t * u_eps
+    mean, variance = blurring.posterior(ut, ux, t, s, **blur)
+    short = blurring.posterior_mean_from_noise(ut, u_eps, t, s, **blur)
+    torch.testing.assert_close(short, mean, rtol=1e-9, atol=1e-9)
+    alpha_ts, sigma2_ts = blurring.transition(t, s, (8, 12), **blur)
+    printed = variance * (alpha_ts / sigma2_ts * ut + (ut - sigma_t * u_eps) / (alpha_ts * sigma_s**2))
+    torch.testing.assert_close(printed, mean, rtol=1e-8, atol=1e-8)
+
+
+def test_blurring_without_blur_is_denoising_diffusion():
+    """σ_B,max = 0 is Eq. 1 to 7: α = a, and in pixels, without any transform, the posterior of Eq. 3 and 4 with
+    scalars, written out. Catches blur that does not switch off.
+    """
+    x0, eps, t, s = rand(5, 3, 8, 8), randn(5, 3, 8, 8), rand(5, seed=3, low=0.5), rand(5, seed=4, low=0.0, high=0.49)
+    t = t.abs().clamp(0.5, 1)
+    off = {"sigma_blur_max": 0.0}
+    (a_t, n_t), (a_s, n_s) = blurring.noise_schedule(t), blurring.noise_schedule(s)
+    torch.testing.assert_close(blurring.alpha_sigma(t, 8, **off)[0], a_t.expand(5, 1, 8, 8), rtol=1e-15, atol=0)
+    zt = blurring.diffuse(x0, eps, t, **off)
+    torch.testing.assert_close(zt, a_t * x0 + n_t * eps, rtol=0, atol=1e-13)
+    mean, variance = blurring.posterior(blurring.dct(zt), blurring.dct(x0), t, s, **off)
+    a_ts = a_t / a_s
+    n2_ts = n_t**2 - a_ts**2 * n_s**2
+    precision = 1 / n_s**2 + a_ts**2 / n2_ts
+    torch.testing.assert_close(blurring.idct(mean), (a_ts / n2_ts * zt + a_s / n_s**2 * x0) / precision, rtol=0, atol=1e-10)
+    torch.testing.assert_close(variance, (1 / precision).expand_as(variance), rtol=1e-10, atol=0)
+
+
+def test_blurring_ihdm_posterior_is_finite_where_everything_underflows():
+    """IHDM at its last levels in float32: d is 0, α_t|s = d_t/d_s known all the same (Eq. 17), the mean is not diffused
+    at all. Catches 0/0 and 0 · ∞.
+    """
+    ut, ux = torch.randn(200, 1, 32, 32), torch.randn(200, 1, 32, 32)
+    t = torch.arange(1, 201) / 200
+    mean, variance = blurring.posterior(ut, ux, t, t - 1 / 200, **HEAT)
+    assert torch.isfinite(mean).all() and torch.isfinite(variance).all() and (variance >= 0).all()
+    assert (blurring.alpha_sigma(t, 32, **HEAT)[0] == 0).any()
+    torch.testing.assert_close(mean[..., 0, 0], ut[..., 0, 0])
+
+
+# ------------------------------------------------------------------------------------------- blurring: network and loss
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+@pytest.mark.parametrize("blur", [SETTINGS[0], SETTINGS[3], SETTINGS[6], SETTINGS[7]])
+def test_blurring_true_outputs_give_the_true_image_and_noise(predict, blur):
+    """A network that answers with the truth is decoded to the true (x0, ε) (Eq. 21, 22), at every time for v and x0.
+    Catches the determinant of v, which is a² d + σ² and not 1.
+    """
+    x0, eps, t = rand(9, 3, 8, 12), randn(9, 3, 8, 12), torch.linspace(0, 1, 9, dtype=torch.float64)
+    angle = math.atan(math.exp(-5)) + t.view(9, 1, 1, 1) * (math.pi / 2 - 2 * math.atan(math.exp(-5)))
+    truth = {"eps": eps, "x0": x0, "v": angle.cos() * eps - angle.sin() * x0}[predict]
+    model = blurring.predictor(lambda z, t: (truth,), predict, **blur)
+    *image, noise = model(blurring.diffuse(x0, eps, t, **blur), t)
+    torch.testing.assert_close(noise, eps, rtol=0, atol=1e-11)
+    for x in image:
+        torch.testing.assert_close(x, x0, rtol=0, atol=1e-11)
+    assert len(image) == (predict != "eps")
+    assert blurring.loss(model, x0, eps, t, predict, **blur).max() < 1e-20
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_blurring_loss_is_the_networks_own_squared_error(predict):
+    """Eq. 25 per example, for any wrong answer: the mean square of answer minus target in pixels, and example i is
+    example i's alone. Catches a weight, and a v-loss that is not v's.
+    """
+    x0, eps, t = rand(4, 3, 8, 8), randn(4, 3, 8, 8), torch.tensor([0.01, 0.3, 0.7, 1.0], dtype=torch.float64)
+    a, sigma = blurring.noise_schedule(t)
+    answer = randn(4, 3, 8, 8, seed=7)
+    values = blurring.loss(blurring.predictor(lambda z, t: (answer,), predict), x0, eps, t, predict)
+    target = {"eps": eps, "x0": x0, "v": a * eps - sigma * x0}[predict]
+    torch.testing.assert_close(values, ((answer - target) ** 2).mean((1, 2, 3)), rtol=1e-9, atol=0)
+
+
+def test_blurring_ihdm_learns_the_level_before():
+    """Eq. 12 and its input: A_k x + σ n in, A_{k-1} x out, with blurs made without our schedule; the network adds to its
+    input. Catches a target with noise, and level k for k - 1.
+    """
+    x0, eps, k = rand(3, 1, 16, 16), randn(3, 1, 16, 16), torch.tensor([1, 2, 200])
+    widths = [0, *np.exp(np.linspace(np.log(0.5), np.log(24), 200))]
+    now, before = (
+        torch.cat([blurred(x0[i : i + 1], widths[int(k[i]) - j], schedule="sin") for i in range(3)]) for j in (0, 1)
+    )
+    seen = []
+
+    def net(z, t):
+        seen.append((z, t))
+        return (before - z + 0.5,)
+
+    values = blurring.loss(blurring.predictor(net, "mean", **HEAT), x0, eps, k.double() / 200, "mean", **HEAT)
+    np.testing.assert_allclose(values, 0.25, rtol=1e-9)
+    torch.testing.assert_close(seen[0][0], now + 0.02 * eps, rtol=0, atol=1e-12)
+
+
+def test_blurring_cold_diffusion_has_no_noise_and_an_absolute_loss():
+    """Bansal et al.: the input is blurred only, the loss is L1 on the image. Catches noise that stays on."""
+    x0, eps, t = rand(2, 1, 16, 16), randn(2, 1, 16, 16), full(1, 2)
+    cold = {**HEAT, "process": "cold"}
+    seen = []
+    model = blurring.predictor(lambda z, t: seen.append(z) or (x0 - 0.5,), "x0", **cold)
+    np.testing.assert_allclose(blurring.loss(model, x0, eps, t, "x0", **cold), 0.5, rtol=1e-12)
+    torch.testing.assert_close(seen[0], blurred(x0, 24.0), rtol=0, atol=1e-13)
+
+
+def test_blurring_training_covers_every_time():
+    """t is even in [0, 1); blur-only processes draw each level 1/K ... K/K, the last included, equally often. Catches
+    the released IHDM's range, which leaves out the level where its sampler starts.
+    """
+    g = torch.Generator().manual_seed(0)
+    t = blurring.draw_times(20000, "blurring", 200, g)
+    assert t.min() >= 0 and t.max() < 1 and np.abs(np.histogram(t, 10, (0, 1))[0] / 2000 - 1).max() < 0.15
+    k = (blurring.draw_times(20000, "ihdm", 5, g) * 5).round().long()
+    assert np.abs(np.bincount(k, minlength=6) / 4000 - [0, 1, 1, 1, 1, 1]).max() < 0.1
+
+
+# ------------------------------------------------------------------------------------------- blurring: single steps
+
+
+@pytest.mark.parametrize("blur", SETTINGS)
+def test_blurring_ddim_with_the_truth_stays_on_the_path(blur):
+    """With the true x, u_t of (x, ε) goes to u_s of the same (x, ε), whatever the step. Catches a wrong coefficient of
+    the deterministic step, in any frequency.
+    """
+    t, s = pairs()
+    x0, eps = rand(len(t), 1, 8, 12), randn(len(t), 1, 8, 12)
+    ut, us = (blurring.dct(blurring.diffuse(x0, eps, v, **blur)) for v in (t, s))
+    torch.testing.assert_close(blurring.ddim_step(ut, blurring.dct(x0), t, s, **blur), us, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_blurring_eta_keeps_the_marginal_and_ends_at_the_posterior(eta):
+    """For every eta a step turns N(α_t x, σ_t²) into N(α_s x, σ_s²), by the step's own slopes; eta = 1 is Eq. 19.
+    Catches a variance that is not taken from the direction of ε.
+    """
+    t, s = pairs()
+    shape = (len(t), 1, 8, 12)
+    ux, zero, one = randn(*shape), torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = (blurring.alpha_sigma(v, (8, 12)) for v in (s, t))
+    mean = blurring.ddim_step(alpha_t * ux, ux, t, s, eta, zero)
+    torch.testing.assert_close(mean, alpha_s * ux, rtol=0, atol=1e-12)
+    slope = blurring.ddim_step(one, zero, t, s, eta, zero)
+    spread = blurring.ddim_step(zero, zero, t, s, eta, one)
+    torch.testing.assert_close(slope**2 * sigma_t**2 + spread**2, (sigma_s**2).expand(shape), rtol=1e-9, atol=0)
+    assert (spread.max() > 1e-3) == (eta > 0)
+    if eta == 1:
+        ut = randn(*shape, seed=5)
+        mean, variance = blurring.posterior(ut, ux, t, s)
+        torch.testing.assert_close(blurring.ddim_step(ut, ux, t, s, 1.0, zero), mean, rtol=0, atol=1e-9)
+        torch.testing.assert_close(spread**2, variance.expand(shape), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("blur", [SETTINGS[0], SETTINGS[6], SETTINGS[7]])
+def test_blurring_second_order_term_is_the_integral_of_the_slope(blur):
+    """σ_s ∫ₜˢ (r - t) d(α/σ) by the trapezoidal rule on 20,000 points. Catches its integration by parts."""
+    for t, s in ((1.0, 0.95), (0.6, 0.5), (0.3, 0.0)):
+        r = torch.linspace(t, s, 20001, dtype=torch.float64)
+        alpha, sigma = blurring.alpha_sigma(r, (4, 6), **blur)
+        middle = ((r[1:] + r[:-1]) / 2 - t).view(-1, 1, 1, 1)
+        integral = sigma[-1] * (middle * (alpha / sigma).diff(dim=0)).sum(0)
+        torch.testing.assert_close(blurring.second_order(t, s, (4, 6), **blur)[0], integral, rtol=2e-5, atol=1e-12)
+
+
+# ------------------------------------------------------------------------- blurring: the sampler on exact oracles
+
+
+def spectrum(size=32):
+    """The variances of natural images' coefficients, falling as 1/frequency², for a pixel variance of 1/4."""
+    k = torch.arange(size, dtype=torch.float64)
+    c = 1 / (k[:, None] ** 2 + k[None] ** 2).clamp(min=1)
+    return c * size**2 / 4 / c.sum()
+
+
+def gaussian_oracle(c, calls=None, error=0.0, heads="x0", **blur):
+    """The exact posterior means for images with independent Gaussian coefficients of variances c, as a network."""
+
+    def net(z, t):
+        if calls is not None:
+            calls.append(t.clone())
+        alpha, sigma = blurring.alpha_sigma(t.to(c.dtype), c.shape, **blur)
+        ut = blurring.dct(z.to(c.dtype))
+        scale = ut / (alpha**2 * c + sigma**2)
+        noise = randn(*z.shape, seed=int(1e6 * t[0]) if error else 0) * error
+        if heads == "eps":
+            return ((blurring.idct(sigma * scale) + noise).to(z.dtype),)
+        return (blurring.idct(alpha * c * scale) + noise).to(z.dtype), blurring.idct(sigma * scale).to(z.dtype)
+
+    return net
+
+
+def gains(steps, solver, c, **blur):
+    """The factor by which the (linear) sampler with the exact oracle multiplies each coefficient of its noise."""
+    z1 = blurring.idct(torch.ones(1, 1, *c.shape, dtype=c.dtype))
+    return blurring.dct(blurring.sample(gaussian_oracle(c, **blur), z1, steps, solver, **blur))[0, 0]
+
+
+def exact_gains(c, **blur):
+    """The same for the exact flow, which for Gaussian data scales by the ratio of standard deviations at the two ends."""
+    (alpha_0, sigma_0), (alpha_1, sigma_1) = (blurring.alpha_sigma(full(v, 1), c.shape, **blur) for v in (0.0, 1.0))
+    return (((alpha_0**2 * c + sigma_0**2) / (alpha_1**2 * c + sigma_1**2)).sqrt())[0, 0]
+
+
+@pytest.mark.parametrize("sigma_blur_max", [0.0, 20.0])
+@pytest.mark.parametrize("solver,order", [("ddim", 1), ("ddim2", 2)])
+def test_blurring_deterministic_solvers_have_their_order(solver, order, sigma_blur_max):
+    """On images with a natural spectrum the exact end is known for every coefficient: errors at N and 2N give order 1
+    and 2. Catches a wrong step, history or quadrature.
+    """
+    c, blur = spectrum(8), {"sigma_blur_max": sigma_blur_max}
+    error = [(gains(n, solver, c, **blur) - exact_gains(c, **blur)).norm().item() for n in (200, 400)]
+    assert abs(math.log2(error[0] / error[1]) - order) < 0.15, error
+
+
+def test_blurring_few_steps_cost_more_with_blur():
+    """First order at 50 steps keeps less of the highest band with blur than without; second order mends it. Catches a
+    sampler, or a claim in the README, that has changed.
+    """
+    c = spectrum()
+    high = torch.arange(32)[:, None] ** 2 + torch.arange(32)[None] ** 2 > 16**2
+
+    def kept(solver, sigma_blur_max):
+        g = gains(50, solver, c, sigma_blur_max=sigma_blur_max)
+        return (g[high] ** 2).sum().item() / c[high].sum().item()
+
+    assert kept("ddim", 20.0) < 0.75 < 0.85 < kept("ddim", 0.0) < 0.95
+    assert abs(kept("ddim2", 20.0) - 1) < 0.1 and abs(kept("ddim2", 0.0) - 1) < 0.1
+
+
+@pytest.mark.parametrize("heads", ["x0", "eps"])
+def test_blurring_ancestral_sampling_draws_the_data(heads):
+    """Algorithm 1 with the exact oracle, from either head, has in every band the spectrum that the recursion of the
+    variance gives by hand, and that is the data's for many steps. Catches a wrong variance in any frequency.
+    """
+    c = spectrum(16)
+
+    def by_hand(steps):
+        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        alpha, sigma = blurring.alpha_sigma(grid, 16)
+        variance = torch.ones_like(c)
+        for i in range(steps):
+            (a_t, n_t), (a_s, n_s) = (alpha[i, 0], sigma[i, 0]), (alpha[i + 1, 0], sigma[i + 1, 0])
+            pull = a_t / a_s * n_s**2 / n_t**2  # of u_s towards u_t, given x: cov / var
+            slope = pull + (a_s - pull * a_t) * a_t * c / (a_t**2 * c + n_t**2)
+            variance = slope**2 * variance + (n_s**2 - pull**2 * n_t**2 if i + 1 < steps else 0)
+        return variance
+
+    assert (by_hand(4000) / c - 1).abs().max() < 0.03
+    g = torch.Generator().manual_seed(0)
+    z1 = torch.randn(800, 1, 16, 16, generator=g, dtype=torch.float64)
+    u = blurring.dct(blurring.sample(gaussian_oracle(c, heads=heads), z1, 60, generator=g))
+    radius = (torch.arange(16)[:, None] ** 2 + torch.arange(16)[None] ** 2).sqrt()
+    for low, high in ((1, 3), (3, 8), (8, 16), (16, 30)):
+        band = (radius >= low) & (radius < high)
+        assert abs((u[:, 0, band] ** 2).mean() / by_hand(60)[band].mean() - 1) < 0.04, (low, high)
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "ddim", "ddim2", "improved", "naive"])
+def test_blurring_n_steps_are_n_network_calls(solver):
+    """N steps make N calls, at 1, 1 - 1/N, ..., 1/N (Algorithm 1), N = 1 included; finite in float32 from either head.
+    Catches the printed "T - 1/T" and an off-by-one.
+    """
+    c = spectrum(8).float()
+    for steps in (1, 2, 3, 10, 250):
+        for heads in ("x0", "eps"):
+            calls, seen = [], []
+            net = gaussian_oracle(c, calls, heads=heads)
+            x = blurring.sample(net, torch.randn(2, 1, 8, 8), steps, solver, watch=lambda t, z, x0: seen.append(t))
+            np.testing.assert_allclose(torch.stack(calls)[:, 0], 1 - np.arange(steps) / steps, atol=1e-6)
+            assert len(seen) == steps + 1 and seen[-1] == 0 and x.dtype == torch.float32 and torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("solver,eta", [("ancestral", 0.0), ("ddim", 0.5), ("ddim", 0.0), ("ddim2", 0.0), ("ihdm", 0.0)])
+def test_blurring_last_step_returns_its_mean(solver, eta, monkeypatch):
+    """Noise is drawn for all steps but the last, and by stochastic solvers only. Catches a grain left on the images."""
+    draws = []
+    monkeypatch.setattr(data, "randn", lambda like, g=None, f=data.randn: draws.append(1) or f(like, g))
+    net = (lambda z, t: (z,)) if solver == "ihdm" else gaussian_oracle(spectrum(8))
+    blurring.sample(net, randn(2, 1, 8, 8), 5, solver, eta)
+    assert len(draws) == (4 if eta or solver in ("ancestral", "ihdm") else 0)
+
+
+def test_blurring_ihdm_sampler_is_the_papers():
+    """Eq. 11: u <- f(u, k) + δ n for k = K ... 1, and the last mean without noise; against the recursion with δ's
+    variance by hand. Catches noise that is σ, or a mean that is added twice.
+    """
+    z1 = randn(20000, 1, 1, 1)
+    out = blurring.sample(lambda z, t: (0.5 * z + t.view(-1, 1, 1, 1),), z1, 3, "ihdm", delta=0.3)
+    mean, variance = 0.5 * (0.5 * 1 + 2 / 3) + 1 / 3, 0.5**6 + 0.3**2 * (0.5**2 + 0.5**4)
+    assert abs(out.mean() - mean) < 0.01 and abs(out.var() / variance - 1) < 0.04
+
+
+def test_blurring_cold_rules():
+    """Cold diffusion's second rule is the deterministic step at constant σ, path and end; and of a constant error e of
+    x̂0 the first leaves e, the second (1 - d_1) e. Catches either rule's sign.
+    """
+    z1, error = rand(2, 1, 16, 16), rand(1, 1, 16, 16, seed=9)
+    net = lambda z, t: (torch.tanh(2 * z) - 0.1 * t.view(-1, 1, 1, 1), z)
+    cold = {**HEAT, "process": "cold"}
+    torch.testing.assert_close(
+        blurring.sample(net, z1, 20, "improved", **cold),
+        blurring.sample(net, z1, 20, "ddim", **HEAT),
+        rtol=0,
+        atol=1e-11,
+    )
+    x0 = rand(2, 1, 16, 16, seed=3)
+    start = blurred(x0, 24.0)
+    wrong = lambda z, t: (x0 + error, z)
+    torch.testing.assert_close(blurring.sample(wrong, start, 20, "naive", **cold) - x0, error.expand_as(x0))
+    torch.testing.assert_close(
+        blurring.sample(wrong, start, 20, "improved", **cold) - x0, (error - blurred(error, 24.0)).expand_as(x0)
+    )
+
+
+def test_blurring_an_eps_network_must_not_be_clipped():
+    """At t = 1 an error of ε̂ comes back 148 (mean) to 148,000 (finest detail) times in x̂0 = (u_t - σ û_ε)/α, so that
+    clipping x̂0 ruins the sample, where with x̂0 from an x0-network it is harmless. Catches the docstring's claim.
+    """
+    alpha, sigma = blurring.alpha_sigma(full(1, 1), 32)
+    assert abs((sigma / alpha)[0, 0, 0, 0] / 148.4 - 1) < 1e-3 and abs((sigma / alpha).max() / 1.484e5 - 1) < 1e-3
+    c, z1 = spectrum(), randn(4, 1, 32, 32)
+    for heads, ruined in (("eps", True), ("x0", False)):
+        free = blurring.sample(gaussian_oracle(c, heads=heads), z1, 50, "ddim")
+        far = {}
+        for clip in (False, True):
+            net = gaussian_oracle(c, error=0.03, heads=heads)
+            far[clip] = (blurring.sample(net, z1, 50, "ddim", clip=clip) - free).pow(2).mean().sqrt().item()
+        assert far[False] < 0.15 and (far[True] > 0.2) == ruined, (heads, far)
+
+
+def test_blurring_sampling_is_deterministic_per_image():
+    """Image i is a function of (seed, i): Algorithm 1 draws the same image alone and in a batch, of any height and
+    width. Catches a shared generator.
+    """
+    net = blurring.predictor(lambda z, t: (torch.tanh(z),), "v")
+
+    def draw(numbers):
+        generators = data.image_generators(5, numbers)
+        return blurring.sample(net, data.randn(torch.empty(len(numbers), 3, 4, 6), generators), 4, generator=generators)
+
+    together = draw([0, 1, 2, 3])
+    for i in range(4):
+        torch.testing.assert_close(draw([i])[0], together[i], rtol=0, atol=1e-6)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_blurring_combinations_that_cannot_be_are_refused():
+    """eta is for ddim alone, and an unknown solver is a sentence. Catches a flag that does nothing."""
+    for options in ({"solver": "ancestral", "eta": 0.5}, {"solver": "ddim2", "eta": 0.1}, {"solver": "euler"}):
+        with pytest.raises(ValueError):
+            blurring.sample(None, torch.zeros(1, 1, 2, 2), 2, **options)
+
+
 # ------------------------------------------------------------------------------------------------------------ unet
 
 
@@ -823,11 +1348,11 @@ def test_data_noise_of_an_image_does_not_depend_on_its_batch():
 # ------------------------------------------------------------------------------------ the scripts' promises, in process
 
 
-def run_main(capsys, *flags, status=None):
-    """ddm.main(flags): its exit status and what it printed on stdout and stderr."""
+def run_main(capsys, *flags, status=None, script=ddm):
+    """script.main(flags): its exit status and what it printed on stdout and stderr."""
     code = 0
     try:
-        ddm.main([str(flag) for flag in flags])
+        script.main([str(flag) for flag in flags])
     except SystemExit as stop:
         code = stop.code
     out = capsys.readouterr()
@@ -893,13 +1418,14 @@ def test_ddm_log_has_its_fields(trained):
     assert min(known) <= line["loss"] <= max(known)
 
 
-def test_ddm_resumed_equals_uninterrupted_bit_for_bit(trained, capsys, monkeypatch):
+@SCRIPTS
+def test_resumed_equals_uninterrupted_bit_for_bit(script, trained, capsys, monkeypatch):
     """Three steps, then the rest, is the same run as all at once: weights, EMA, optimizer. Catches any state outside
     of the checkpoint.
     """
     whole = trained.parent / "whole"
     flags = [*TINY, "--dropout", 0.2, "--iterations", 6]
-    run_main(capsys, "--train", *flags, "--run", whole, status=0)
+    run_main(capsys, "--train", *flags, "--run", whole, status=0, script=script)
     record = data.Training.record
 
     def stop_after_three(self, *a):
@@ -909,21 +1435,23 @@ def test_ddm_resumed_equals_uninterrupted_bit_for_bit(trained, capsys, monkeypat
 
     monkeypatch.setattr(data.Training, "record", stop_after_three)
     parts = trained.parent / "parts"
-    _, out, _ = run_main(capsys, "--train", *flags, "--run", parts, status=143)
+    _, out, _ = run_main(capsys, "--train", *flags, "--run", parts, status=143, script=script)
     assert "stopped by SIGTERM at step 3" in out and weights(parts)["step"] == 3
-    run_main(capsys, "--train", "--run", parts, status=0)  # the flags come from the checkpoint
+    run_main(capsys, "--train", "--run", parts, status=0, script=script)  # the flags come from the checkpoint
     assert same(weights(parts), weights(whole))
 
 
-def test_ddm_average_of_weights_keeps_no_graph(trained, capsys, monkeypatch):
+@SCRIPTS
+def test_average_of_weights_keeps_no_graph(script, trained, capsys, monkeypatch):
     """The EMA is plain tensors after training: an update outside no_grad would chain a graph over all steps,
     gigabytes of it.
     """
     copies = []
     monkeypatch.setattr(unet.copy, "deepcopy", lambda net, f=unet.copy.deepcopy: copies.append(f(net)) or copies[0])
-    run_main(capsys, "--train", "--iterations", 6, status=0)
+    run = trained.parent / "average"
+    run_main(capsys, "--train", *TINY, "--iterations", 6, "--run", run, status=0, script=script)
     assert not any(p.requires_grad for p in copies[0].parameters())
-    assert all(torch.equal(a, b) for a, b in zip(copies[0].state_dict().values(), weights(trained)["ema"].values()))
+    assert all(torch.equal(a, b) for a, b in zip(copies[0].state_dict().values(), weights(run)["ema"].values()))
 
 
 def test_ddm_cifar10_is_found_in_the_default_and_the_saved_folder(tmp_path, monkeypatch, capsys):
@@ -1054,7 +1582,7 @@ def test_ddm_wrong_flags_are_sentences(tmp_path, monkeypatch, capsys):
     """Bad arguments: exit 2 and a sentence, before any training. Catches a traceback, and an exit status of 0."""
     monkeypatch.chdir(tmp_path)
 
-    def never(_):
+    def never(*_):
         raise AssertionError("the training began")
 
     monkeypatch.setattr(data.Training, "__enter__", never)
@@ -1117,34 +1645,153 @@ def test_ddm_newest_run_is_sampled(trained, capsys):
     assert "ddm-shapes" in out
 
 
-def test_ddm_demo_fits_its_time_budget():
+@SCRIPTS
+def test_demo_fits_its_time_budget(script):
     """The demo's training stays under 25 TFLOPs, which two cores at 0.1 TFLOP/s do in four of its five minutes. Catches
     defaults that grow: counted, not timed, so that a busy machine does not decide it.
     """
-    settings = ddm.DEFAULTS["shapes"]
+    settings = script.DEFAULTS["shapes"]
     with torch.device("meta"):
-        net, size = unet.UNet(**ddm.network_of(settings, 3)), settings["image_size"]
+        net, size = unet.UNet(**script.network_of(settings, 3)), settings["image_size"]
         call = unet.flops(net, torch.randn(1, 3, size, size), torch.rand(1))
     assert 3 * call * settings["batch_size"] * settings["iterations"] < 25e12
 
 
-def test_ddm_help_reads_like_a_page_and_imports_are_silent():
+@SCRIPTS
+def test_help_reads_like_a_page_and_imports_are_silent(script):
     """--help names every group and default; importing a file prints nothing and does nothing. Catches work at import."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import ddm, unet, data"
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {script.__name__}, unet, data"
     quiet = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
-    shown = subprocess.run(
-        [sys.executable, HERE / "ddm.py", "--help"], capture_output=True, text=True, timeout=120
-    ).stdout
-    for word in ("training:", "network:", "sampling:", "machine:", "method:", "--preset paper", "800000", "iterations"):
-        assert word in shown
+    shown = process(HERE, "--help", script=script).communicate(timeout=120)[0]
+    iterations = str(script.PAPER["cifar10"]["iterations"])
+    for word in ("training:", "network:", "sampling:", "machine:", "method:", "--preset paper", iterations, "batch-size"):
+        assert word in shown, word
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """An empty current directory, and few images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "shapes", lambda n, size, draw=data.shapes: draw(20, size))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        *[(f"--sigma-blur-max {b} --schedule {s}", "ddim2") for b in (0, 1, 10, 20) for s in ("sin2", "sin")],
+        ("--predict eps --solver ancestral", "solver ancestral"),
+        ("--predict eps --sigma-blur-max 0 --solver ddim --eta 0.5", "eta 0.5"),
+        ("--predict x0 --solver ddim2", "clip on"),
+        ("--process ihdm --levels 3", "solver ihdm"),
+        ("--process ihdm --predict x0 --levels 9", "solver ancestral"),
+        ("--process cold", "solver improved"),
+        ("--process cold --solver naive", "solver naive"),
+    ],
+)
+def test_blurring_every_row_of_the_papers_tables_is_a_command(flags, said, empty, capsys):
+    """Tables 1, 3 and 4: each process, blur and schedule trains and samples by flags alone, with clipping only where it
+    is safe. Catches a combination that crashes.
+    """
+    common = ["--train", "--sample", "--n", 2, "--steps", 3, *TINY, "--iterations", 2]
+    _, out, _ = run_main(capsys, *common, *flags.split(), status=0, script=blurring)
+    assert said in out and "network calls per image 3" in out
+    assert ("clip on" in out) == (("eps" not in flags and "solver ihdm" not in said) or "max 0" in flags)
+
+
+def test_blurring_default_steps_are_the_solvers(empty, capsys, monkeypatch):
+    """1000 ancestral steps on CIFAR-10 as the paper, 50 and 20 of the deterministic solvers, 20 of the second order for
+    the demo, the levels for IHDM. Catches 10 steps for all.
+    """
+    asked = []
+    monkeypatch.setattr(blurring, "sample", lambda net, z1, steps, solver, **_: asked.append((solver, steps)) or z1)
+    monkeypatch.setattr(data, "draw_samples", lambda draw, x, *_: draw(x[:1], data.image_generators(0, [0]), None))
+    np.save("cifar10-train-32.npy", np.zeros((9, 3, 32, 32), np.uint8))
+    flags = ["--dataset", "cifar10", "--data-dir", ".", "--train", *TINY, "--iterations", 1]
+    run_main(capsys, *flags, status=0, script=blurring)
+    for more in ([], ["--solver", "ddim"], ["--solver", "ddim2"], ["--steps", 7]):
+        run_main(capsys, "--sample", *more, status=0, script=blurring)
+    run_main(capsys, "--train", "--sample", *TINY, "--iterations", 1, status=0, script=blurring)
+    run_main(capsys, *flags, "--sample", "--process", "ihdm", "--run", "heat", status=0, script=blurring)
+    assert asked == [("ancestral", 1000), ("ddim", 50), ("ddim2", 20), ("ancestral", 7), ("ddim2", 20), ("ihdm", 200)]
+
+
+@pytest.mark.parametrize("process", ["ihdm", "cold"])
+def test_blurring_neighbours_start_from_blurred_training_images(process, empty, capsys, monkeypatch):
+    """IHDM and cold diffusion start from A_K x of a training image, one by the image's own seed, without noise. Catches
+    a start from noise, which they have never seen.
+    """
+    starts = []
+    monkeypatch.setattr(blurring, "sample", lambda net, z1, *_, **__: starts.append(z1) or z1)
+    flags = ["--train", "--sample", "--n", 6, "--process", process, *TINY, "--iterations", 1]
+    monkeypatch.setattr(data, "draw_samples", lambda draw, x, *_: draw(x, data.image_generators(0, range(6)), None))
+    run_main(capsys, *flags, status=0, script=blurring)
+    images = blurred(data.to_float(torch.from_numpy(data.shapes(20, 16))).double(), 12.0)
+    (z1,) = starts
+    distance = (z1.double()[:, None] - images[None]).abs().amax((2, 3, 4))
+    assert distance.amin(1).max() < 1e-5 and len(set(distance.argmin(1).tolist())) > 1
+
+
+def test_blurring_presets_are_table_5():
+    """Table 5 row by row: the CIFAR-10 network attends with one head of 256 channels, LSUN churches at 64 and at 128
+    have networks of their own. Catches a head size, or the wrong church.
+    """
+    known = {**blurring.DEFAULTS["cifar10"], **blurring.PAPER["cifar10"]}
+    with torch.device("meta"):
+        net = unet.UNet(**blurring.network_of(known, 3))
+    attention = [m for m in net.modules() if isinstance(m, unet.Attention)]
+    assert {m.heads for m in attention} == {1} and len(attention) == 2 * 3 + 2 * 4 + 1
+    assert {m.qkv.in_channels for m in attention} == {256} and known["iterations"] == 2_000_000
+    with torch.device("meta"):
+        for church, size in ((blurring.PAPER["lsun-church"], 128), (blurring.CHURCH_64, 64)):
+            known = {**blurring.DEFAULTS["lsun-church"], **church, "image_size": size}
+            net = unet.UNet(**blurring.network_of(known, 3))
+            widths = [m.conv2.out_channels for m in [stack[-1] for stack in net.encoder]]
+            assert widths == ([64, 128, 256, 384, 512] if size == 128 else [128, 256, 384, 512])
+            assert {m.heads for m in net.modules() if isinstance(m, unet.Attention)} <= {w // 64 for w in widths}
+
+
+def test_blurring_wrong_flags_are_sentences(empty, capsys, monkeypatch):
+    """What can't go together is said before anything starts, exit 2. Catches a combination that trains for nothing."""
+
+    def never(*_):
+        raise AssertionError("the training began")
+
+    monkeypatch.setattr(data.Training, "__enter__", never)
+    for flags in (
+        "--predict mean",
+        "--process ihdm --predict v",
+        "--process cold --predict eps",
+        "--process ihdm --solver ddim",
+        "--process ihdm --steps 10",
+        "--process cold --solver ancestral",
+        "--solver naive",
+        "--solver ancestral --eta 0.5",
+        "--eta 2",
+        "--d-min 0",
+        "--d-min 2",
+        "--schedule log --sigma-blur-max 0.3",
+        "--sigma-blur-max -1",
+        "--levels 1",
+        "--preset paper",
+    ):
+        _, _, err = run_main(capsys, "--train", *flags.split(), status=2, script=blurring)
+        assert "Traceback" not in err and err.strip(), flags
+    assert not (empty / "runs").exists()
+
+
+def test_blurring_and_ddm_refuse_each_others_runs(trained, capsys):
+    """A run of ddm.py is no run of blurring.py: exit 1, one sentence. Catches weights that fit by accident."""
+    _, _, err = run_main(capsys, "--sample", "--run", trained, status=1, script=blurring)
+    assert "another script" in err and err.startswith("blurring: ") and err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------ the scripts' promises, as processes
 
 
-def process(directory, *flags, launch=(), **options):
-    command = [sys.executable, *launch, str(HERE / "ddm.py"), *map(str, flags)]
+def process(directory, *flags, launch=(), script=ddm, **options):
+    command = [sys.executable, *launch, str(HERE / f"{script.__name__}.py"), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
@@ -1192,18 +1839,20 @@ def test_ddm_ctrl_c_saves_and_exits_130(tmp_path):
     assert weights(log)["step"] > 0
 
 
-def test_ddm_two_processes_train_the_model_that_one_does(tmp_path):
+@SCRIPTS
+def test_two_processes_train_the_model_that_one_does(script, tmp_path):
     """torchrun with two processes equals one with the same global batch up to rounding (a missing average of
     gradients would not); one log, one checkpoint.
     """
     flags = ["--train", *TINY, "--dropout", 0, "--iterations", 5, "--lr", 1e-3]
-    one = process(tmp_path, *flags, "--run", "one")
+    one = process(tmp_path, *flags, "--run", "one", script=script)
     two = process(
         tmp_path,
         *flags,
         "--run",
         "two",
         launch=["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"],
+        script=script,
     )
     for p in (one, two):
         out, err = p.communicate(timeout=120)

@@ -287,9 +287,10 @@ def seconds(call, device, repeats=5):
     return sorted(once() for _ in range(repeats))[repeats // 2]
 
 
-def warn_cost(model, shape, batch_size, steps, device):
+def warn_cost(model, shape, batch_size, steps, processes):
     """On a CPU, time the network and say what the training ahead will cost, where that is over half an hour."""
-    if device.type != "cpu":
+    device, batch_size = processes.device, batch_size // processes.world
+    if device.type != "cpu" or processes.rank:
         return
     n = min(8, batch_size)
     x, t = torch.zeros(n, *shape), torch.full((n,), 0.5)
