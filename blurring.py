@@ -40,10 +40,16 @@ the schedules, Eq. 26 to 28; and IHDM's loss and sampler, Eq. 12 and 11. Eq. 1 t
 Where this differs from the paper, and why:
 
 - What the network is asked for (--predict). The paper asks for ε. Then x̂₀ = (u_t - σ û_ε)/α multiplies the network's
-  error by σ/α, at t = 1 by 148 for the mean of the image and by 148,000 for its finest detail. MEASURED
+  error by σ/α, at t = 1 by 148 for the mean of the image and by 148,000 for its finest detail: a small trained
+  network whose ε̂ was off by .047 at t = 1 gave an x̂₀ off by 4152, for images in ±1. The same network asked for
+  v = a ε - σ x₀ was off by .49, the spread of the data. So v is the default; --predict eps is the paper's.
+- Clipping (--clip). x̂₀ is kept in [-1, 1] where the network gives x₀ or v, which is harmless. With ε and blur, which
+  the paper leaves open, it is not: cutting the x̂₀ above to ±1 comes back as high frequencies, and ruins the samples
+  of an otherwise exact network (a poor network's it may improve, see README).
 - One output, one decoder: whichever is asked for, Eq. 21 gives the other from z_t exactly.
 - Solvers: Algorithm 1 (ancestral); the deterministic step of the same marginals (ddim), with the family between the
-  two (--eta); and a second-order multistep one (ddim2). The paper has Algorithm 1 with 1000 steps only.
+  two (--eta); and a second-order multistep one (ddim2). The paper has Algorithm 1, and does not say in how many
+  steps; 1000 are denoising diffusion's.
 - Appendix A's pseudo-code does not run as printed; each correction stands beside its line.
 - Down- and up-sampling are the shared U-Net's strided and nearest convolutions, not residual blocks. The gradient is
   clipped at norm 1, and the average's decay is short at first.
@@ -66,10 +72,7 @@ import unet
 
 # ------------------------------------------------------------------------------------------------------ 1 schedule
 
-PROCESSES = {                   # the noise σ of blur-only processes: IHDM's .01 is for images in [0, 1]
-    "blurring": None,
-    "ihdm": 0.02,
-    "cold": 0.0}
+CONSTANT_SIGMA = {"ihdm": 0.02, "cold": 0.0}    # the noise of blur-only processes; IHDM's .01 is for images in [0, 1]
 
 
 def like_image(t):
@@ -108,7 +111,7 @@ def idct(u):
 
 
 def frequencies(size, like):
-    """λ [H, W] = f_h² + f_w² with f_k = π k / n. size: S or (H, W). (Appendix A: its `labda`, and `freqs` is `freq`.)"""
+    """λ [H, W] = f_h² + f_w², f_k = π k / n. size: S or (H, W). (Appendix A's `labda`, whose `freqs` is its `freq`.)"""
     height, width = (size, size) if isinstance(size, int) else size
     f_h, f_w = (math.pi * torch.arange(n, dtype=like.dtype, device=like.device) / n for n in (height, width))
     return f_h[:, None] ** 2 + f_w[None, :] ** 2
@@ -127,7 +130,7 @@ def sigma_blur(t, sigma_blur_max=20.0, schedule="sin2", levels=200):
 
 def dissipation_time(t, sigma_blur_max=20.0, schedule="sin2", levels=200):
     """τ_t [B, 1, 1, 1]: heat that has flowed for τ is a Gaussian blur of variance σ_B² = 2τ."""
-    return like_image(sigma_blur(t, sigma_blur_max, schedule, levels)) ** 2 / 2     # Appendix A prints sigma_t², wrongly
+    return like_image(sigma_blur(t, sigma_blur_max, schedule, levels)) ** 2 / 2     # Appendix A has sigma_t², wrongly
 
 
 def noise_schedule(t, process="blurring"):
@@ -138,7 +141,7 @@ def noise_schedule(t, process="blurring"):
     """
     t = like_image(t)
     if process != "blurring":
-        return torch.ones_like(t), torch.full_like(t, PROCESSES[process])
+        return torch.ones_like(t), torch.full_like(t, CONSTANT_SIGMA[process])
     c = math.atan(math.exp(-5))
     angle = c + (math.pi / 2 - 2 * c) * t
     return angle.cos(), angle.sin()
@@ -183,12 +186,12 @@ def predictor(net, predict="v", bf16=False, **blur):
 
     predict: eps, the paper's; x0; v = a ε - σ x₀ in pixels, of the scalar a; or mean, IHDM's E[z_{t-1/K} | x], to
     which the network adds z_t. From x0 and v follow both x̂₀ and ε̂, by Eq. 21 in every frequency; for v its
-    determinant a² d + σ² stays above .04 (.004 for schedule sin), and the network's error in x̂₀ grows at most
-    4.6-fold (13-fold).
+    determinant a² d + σ² stays above .04 (.004 for schedule sin) at σ_B,max = 20, and the network's error in x̂₀ grows
+    at most 4.6-fold (13-fold).
     """
-    def model(z, t, *condition):
+    def model(z, t):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            raw, = net(z, t, *condition)
+            raw, = net(z, t)
         raw = raw.to(z.dtype)
         if predict == "eps":
             return raw,
@@ -278,9 +281,10 @@ def sample(net, z1, steps, solver="ancestral", eta=0.0, clip=False, generator=No
     from 0, deterministic, to 1, ancestral), ddim2 (deterministic, second order from its second step); ihdm, for which
     net gives (E[z_s | x],), with noise delta; or naive and improved, cold diffusion's two rules. z1 is N(0, I), or for
     the last three a blurred image. clip: keep every x̂₀ in [-1, 1]. generator: of the noise, one or a list of B.
-    watch(t, z_t, x̂₀): called at every step, and at t = 0. The last step returns its mean. Raises ValueError.
+    watch(t, z_t, x̂₀): called at every step (ihdm: with its mean for x̂₀), and at t = 0. The last step returns its
+    mean. Raises ValueError.
     """
-    if solver not in SOLVERS or (eta and solver != "ddim"):
+    if solver not in ("ancestral", "ddim", "ddim2", "ihdm", "improved", "naive") or (eta and solver != "ddim"):
         raise ValueError(f"there is no solver {solver} with eta {eta}: eta is for ddim")
     z, size, t_last, ux_last = z1, z1.shape[-2:], None, None
     times = [1 - i / steps for i in range(steps)] + [0.0]       # printed as T, T - 1/T, ..., 1/T; T = 1 is meant
@@ -308,7 +312,7 @@ def sample(net, z1, steps, solver="ancestral", eta=0.0, clip=False, generator=No
             u = mean + variance.sqrt() * noise                                                          # Alg. 1, line 6
         elif solver == "naive":
             u = alpha_s * ux
-        elif solver == "improved":              # an error of x̂₀ that stays the same cancels
+        elif solver == "improved":              # of a constant error e of x̂₀ (1 - d_1) e remains: none in the mean
             u = ut - alpha_t * ux + alpha_s * ux
         else:
             u = ddim_step(ut, ux, t_, s_, eta, noise, **blur)
@@ -321,22 +325,15 @@ def sample(net, z1, steps, solver="ancestral", eta=0.0, clip=False, generator=No
     return z
 
 
-SOLVERS = {"ancestral": 1000, "ddim": 50, "ddim2": 20, "ihdm": None, "improved": None, "naive": None}  # and their steps
-
-
 # ------------------------------------------------------------------------------------------------------ 5 training
 
 def train(run, settings, checkpoint, args, processes):
     """Train, or go on, in the run directory until step settings["iterations"]. Source: Algorithm 2, Appendix A.2."""
     if data.finished(run, settings, checkpoint, processes):
         return
+    training = data.Training(run, settings, checkpoint, args, processes, network_of, unet.create, torch.optim.Adam)
+    (net, ema, optimizer), images, mine = training.parts.values(), training.images, training.mine
     device, batch, iterations = processes.device, settings["batch_size"], settings["iterations"]
-    mine = data.share(batch, processes)                     # this process's slice of the global batch
-    images = data.load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
-    network = network_of(settings, images.shape[1])
-    net, ema = unet.create(network, device, data.seed("weights", settings["seed"]))
-    optimizer = torch.optim.Adam(net.parameters(), lr=settings["lr"], fused=device.type in ("cpu", "cuda"))
-    training = data.Training(run, settings, checkpoint, network, net, ema, optimizer, processes, args.save_every)
     alone = predictor_of(net, settings, args, processes)    # neither compiled nor waiting for the other processes
     unet.warn_cost(alone, images.shape[1:], batch, iterations - training.start, processes)
     model = predictor_of(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
@@ -387,24 +384,24 @@ def network_of(settings, channels):
 def solver_of(settings, args):
     """(solver, steps) as asked for, or the defaults. Raises ValueError for what the process can't have."""
     process, predict, levels = settings["process"], settings["predict"], settings["levels"]
-    asks = {"blurring": ("eps", "x0", "v"), "ihdm": ("mean", "x0"), "cold": ("x0",)}[process]
-    if predict not in asks:
-        raise ValueError(f"--process {process} asks its network for {' or '.join(asks)}, not {predict}")
-    if settings["schedule"] == "log" and settings["sigma_blur_max"] <= 0.5:
-        raise ValueError("--schedule log starts at half a pixel: --sigma-blur-max must be more")
-    if process == "blurring" and not settings["d_min"]:
-        raise ValueError("--d-min 0 would divide by nothing on the way back: it is for --process ihdm and cold")
-    allowed = ["ancestral", "ddim", "ddim2"]
-    if process == "cold" or predict == "mean":
-        allowed = ["improved", "naive"] if process == "cold" else ["ihdm"]
-    few = settings["dataset"] == "shapes" and process == "blurring"
-    solver = args.solver or ("ddim2" if few else allowed[0])
-    if solver not in allowed or (args.eta and solver != "ddim"):
-        raise ValueError(f"a run with --process {process} --predict {predict} has no solver {solver}"
-                         f"{' with --eta' if args.eta else ''}: choose from {', '.join(allowed)} (--eta is for ddim)")
-    steps = args.steps or (SOLVERS[solver] if process == "blurring" else levels)
-    if solver == "ihdm" and steps != levels:
-        raise ValueError(f"IHDM's network knows the way from each level to the next only: --steps {levels}")
+    solvers, few = SOLVERS[process], settings["dataset"] == "shapes" and process == "blurring" and predict != "eps"
+    solver = args.solver or ("ddim2" if few else next(iter(solvers)))
+    steps = args.steps or solvers.get(solver) or levels
+    for wrong, sentence in (
+            (predict not in ANSWERS[process],
+             f"--process {process} asks its network for {' or '.join(ANSWERS[process])}, not {predict}"),
+            (process == "blurring" and not settings["d_min"],
+             "--d-min 0 would divide by nothing on the way back: it is for the blur-only processes"),
+            (settings["schedule"] == "log" and settings["sigma_blur_max"] <= 0.5,
+             "--schedule log starts at half a pixel: --sigma-blur-max must be more"),
+            (solver not in solvers, f"--process {process} has no solver {solver}: choose from {', '.join(solvers)}"),
+            (args.eta and solver != "ddim", f"--eta is for --solver ddim, not {solver}"),
+            (args.clip and solver == "ihdm", "--clip is for estimates of the image, and IHDM's network makes none"),
+            (solver == "ihdm" and steps != levels,
+             f"IHDM's network knows the way from each level to the next only: --steps {levels}"),
+            (process == "cold" and levels % steps, f"--steps must divide the {levels} levels of the training")):
+        if wrong:
+            raise ValueError(sentence)
     return solver, steps
 
 
@@ -414,21 +411,26 @@ def write_samples(run, settings, checkpoint, args, processes):
     net = unet.create(network, processes.device)[1]
     data.restore(run, checkpoint, ema=net)
     solver, steps = solver_of(settings, args)
-    safe = settings["predict"] in ("x0", "v") or settings["sigma_blur_max"] == 0
-    options = {"solver": solver, "eta": args.eta, "clip": safe if args.clip is None else args.clip, "delta": args.delta}
+    safe = settings["predict"] in ("x0", "v") or settings["predict"] == "eps" and settings["sigma_blur_max"] == 0
+    options = {"solver": solver, "clip": safe if args.clip is None else args.clip}
+    options |= {"eta": args.eta} if solver == "ddim" else {"delta": args.delta} if solver == "ihdm" else {}
+    origin = {}
     x = unet.batch_like(args.n, network, processes.device)
     model = unet.fast(predictor_of(net, settings, args, processes), x, x.new_ones(len(x)))
     if settings["process"] != "blurring":                       # these start from training images, blurred
-        images = data.load(settings["dataset"], settings["data_dir"], network["size"], processes)
+        origin = {key: settings[key] for key in ("dataset", "data_dir")}
+        images = data.load(*origin.values(), network["size"], processes)
+        if images.shape[1] != network["channels"]:
+            raise data.Problem(f"{run} was trained on images of {network['channels']} channels, and those in "
+                               f"{origin['data_dir']}, to start from, have {images.shape[1]}")
 
     def draw(z1, generators, watch):
         if settings["process"] != "blurring":
             x0 = torch.stack([images[int(torch.randint(len(images), (), generator=g))] for g in generators])
-            noise = z1 if solver in ("ancestral", "ddim", "ddim2") else torch.zeros_like(z1)
-            z1 = diffuse(data.to_float(x0).to(z1), noise, z1.new_ones(len(z1)), **blur)
+            z1 = diffuse(data.to_float(x0).to(z1), torch.zeros_like(z1), z1.new_ones(len(z1)), **blur)
         return sample(model, z1, steps, generator=generators, watch=watch, **options, **blur)
 
-    data.draw_samples(draw, x, run, checkpoint, args, steps, {**options, **blur}, processes)
+    data.draw_samples(draw, x, run, checkpoint, args, steps, {**options, **blur, **origin}, processes)
 
 
 # -------------------------------------------------------------------------------------------------- 6 command line
@@ -437,40 +439,47 @@ COMMON = dict(process="blurring", predict="v", sigma_blur_max=20.0, schedule="si
               head_dim=64, seed=0)
 DEFAULTS = {dataset: {**sizes, **COMMON} for dataset, sizes in unet.COMPACT.items()}
 DEFAULTS["cifar10"] |= dict(dropout=0.2)
+DEFAULTS["shapes"] |= dict(sigma_blur_max=4.0, iterations=1700)         # more blur takes longer to learn
 TABLE_5 = dict(predict="eps", blocks=3, dropout=0.2, ema=0.9999)
-CHURCH = {**TABLE_5, "lr": 1e-4, "batch_size": 256, "attention": (32, 16, 8), "head_dim": 64, "iterations": 1_000_000}
+CHURCH = {**TABLE_5, "lr": 1e-4, "batch_size": 256, "attention": (32, 16, 8), "head_dim": 64,
+          "iterations": 1_000_000}                                           # the paper does not say how many
 PAPER = {"cifar10": {**TABLE_5, "lr": 2e-4, "batch_size": 128, "attention": (16, 8), "head_dim": 256, "width": 256,
                      "mult": (1, 1, 1), "iterations": 2_000_000},
          "lsun-church": {**CHURCH, "width": 64, "mult": (1, 2, 4, 6, 8), "dropout": 0.1}}
 CHURCH_64 = {**CHURCH, "width": 128, "mult": (1, 2, 3, 4)}                  # with --image-size 64
-HEAT = dict(schedule="log", d_min=0.0)                                      # blur as in IHDM's released code
 NETWORK = ("width", "mult", "blocks", "attention", "dropout", "head_dim")
+ANSWERS = {"blurring": ("v", "x0", "eps"), "ihdm": ("mean",), "cold": ("x0",)}              # what --predict may be
+SOLVERS = {"blurring": {"ancestral": 1000, "ddim": 50, "ddim2": 20},                        # and their default steps:
+           "ihdm": {"ihdm": None}, "cold": {"improved": None, "naive": None}}               # None is --levels
 
 
-def defaults_for(process):
-    """DEFAULTS, changed to what a blur-only process needs: IHDM's levels, blurred up to 3/4 or 1/2 of the image."""
-    if process in (None, "blurring"):
-        return DEFAULTS
-    heat = {**HEAT, "process": process, "predict": "mean" if process == "ihdm" else "x0"}
-    return {dataset: {**values, **heat, "sigma_blur_max": values["image_size"] * (0.75 if values["image_size"] <= 32 else 0.5)}
-            for dataset, values in DEFAULTS.items()}
+def defaults_for(table, process, image_size):
+    """A table of settings by dataset; for a blur-only process with IHDM's levels, up to 3/4 or 1/2 of the image."""
+    if process == "blurring":
+        return table
+    heat = dict(process=process, predict=ANSWERS[process][0], schedule="log", d_min=0.0)
+    sizes = {dataset: image_size or DEFAULTS[dataset]["image_size"] for dataset in table}
+    return {dataset: {**values, **heat, "sigma_blur_max": sizes[dataset] * (0.75 if sizes[dataset] <= 32 else 0.5)}
+            for dataset, values in table.items()}
 
 
 def arguments(argv=None):
     """Parse the command line; a flag that was not given is None (or False, if it is a switch)."""
-    steps = "by solver: ancestral 1000, ddim 50, ddim2 20, the others --levels"
+    steps = "by solver: ancestral 1000, ddim 50, ddim2 20; for ihdm and cold --levels"
     parser, group = data.parser("blurring", __doc__, DEFAULTS, PAPER, steps)
     add = group["method"].add_argument
-    add("--process", choices=PROCESSES, help="blur and noise, or its neighbours: IHDM, or cold diffusion")
+    add("--process", choices=ANSWERS, help="blur and noise, or its neighbours: IHDM, or cold "
+        "diffusion; both with --schedule log, --d-min 0, and a blur of 3/4 of the image up to 32 pixels, 1/2 beyond")
     add("--predict", choices=("eps", "x0", "v", "mean"), help="what the network is asked for; mean: IHDM's next level")
     add("--sigma-blur-max", type=data.number(float, 0), metavar="PIXELS", help="the blur at t = 1; 0: only noise")
     add("--schedule", choices=("sin2", "sin", "log"), help="of the blur's growth; log: IHDM's")
     add("--d-min", type=data.number(float, 0, 1), help="what blur leaves of any frequency, 0 to 1")
-    add("--levels", type=data.number(int, 2), metavar="K", help="levels of blur, for ihdm and cold")
+    add("--levels", type=data.number(int, 2), metavar="K", help="levels of blur, for ihdm, cold and --schedule log")
     add = group["sampling"].add_argument
-    add("--solver", choices=SOLVERS, help="Algorithm 1 (ancestral), the deterministic step (ddim), its second order "
-        "(ddim2; default for shapes), IHDM's, or cold diffusion's (improved, naive)")
-    add("--eta", type=data.number(float, 0, 1), default=0.0, help="of ddim, from 0, deterministic, to 1, ancestral (default: 0)")
+    add("--solver", choices=[name for names in SOLVERS.values() for name in names],
+        help="Algorithm 1 (ancestral), the deterministic step (ddim), its second order (ddim2; the default for "
+             "shapes), IHDM's, or cold diffusion's (improved, naive)")
+    add("--eta", type=data.number(float, 0, 1), default=0.0, help="of ddim: 0, deterministic, to 1, ancestral (0)")
     add("--clip", action=argparse.BooleanOptionalAction,
         help="keep every estimate x̂₀ in [-1, 1] (default: not where the network names ε and there is blur)")
     add("--delta", type=data.number(float, 0), default=0.025, help="IHDM's sampling noise (default: 0.025)")
@@ -482,7 +491,8 @@ def main(argv=None):
     """The command line. Raises SystemExit: 1 or 2 with a sentence on stderr, 130 or 143 when stopped by a signal."""
     args = arguments(argv)
     paper = {**PAPER, "lsun-church": CHURCH_64} if args.image_size == 64 else PAPER
-    run, settings, checkpoint = data.open_run("blurring", args, defaults_for(args.process), paper, NETWORK)
+    defaults, paper = (defaults_for(table, args.process or "blurring", args.image_size) for table in (DEFAULTS, paper))
+    run, settings, checkpoint = data.open_run("blurring", args, defaults, paper, NETWORK)
     with data.bad_arguments():                              # what can't go together is said before anything is started
         solver_of(settings, args)
         with torch.device("meta"):

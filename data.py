@@ -394,26 +394,35 @@ class Live:
 class Training:
     """The frame around a training loop, so that the loop itself shows only the paper's step:
 
-        with Training(run, settings, checkpoint, network, net, ema, optimizer, processes) as training:
+        training = Training(run, settings, checkpoint, args, processes, network_of, unet.create, torch.optim.Adam)
+        net, ema, optimizer = training.parts.values()
+        with training:
             for step, draw in training:
                 ...
                 training.record(values, t, grad_norm, lr)
 
-    It restores net, ema and optimizer from the checkpoint, if there is one, and saves them with the network's arguments
-    and the other settings. It yields the steps to do, each with a generator seeded by (seed, step) from which to draw
-    the global batch and all that goes with it; torch's own, dropout's, is seeded by (seed, step, rank). It keeps the
-    progress line and log.jsonl; saves every `save_every` seconds, at the last step, and before it exits on Ctrl-C (130)
-    or SIGTERM (143), all processes at the same step; and stops with a Problem when the loss or its gradient is not
-    finite, leaving the last good checkpoint. The losses logged are those of the first process's share of the batch.
+    It loads the images; creates network_of(settings, channels), the average of its weights and the optimizer, or
+    restores them from the checkpoint; and saves them with the network's arguments and the other settings. `mine` is
+    this process's slice of the global batch. It yields the steps to do, each with a generator seeded by (seed, step)
+    from which to draw the global batch and all that goes with it; torch's own, dropout's, is seeded by (seed, step,
+    rank). It keeps the progress line and log.jsonl; saves every --save-every seconds, at the last step, and before it
+    exits on Ctrl-C (130) or SIGTERM (143), all processes at the same step; and stops with a Problem when the loss or
+    its gradient is not finite, leaving the last good checkpoint. The losses logged are those of the first process's
+    share of the batch.
     """
 
     bins = 5        # of t in [0, 1], for the loss per time bin
 
-    def __init__(self, run, settings, checkpoint, network, net, ema, optimizer, processes, save_every=60.0):
-        self.run, self.settings, self.network = pathlib.Path(run), settings, network
+    def __init__(self, run, settings, checkpoint, args, processes, network_of, create, optimizer):
+        self.run, self.settings, self.processes = pathlib.Path(run), settings, processes
+        self.iterations, self.save_every = settings["iterations"], args.save_every
+        self.mine, self.signal = share(settings["batch_size"], processes), 0
+        self.images = load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
+        self.network, device = network_of(settings, self.images.shape[1]), processes.device
+        net, ema = create(self.network, device, seed("weights", settings["seed"]))
+        optimizer = optimizer(net.parameters(), lr=settings["lr"], fused=device.type in ("cpu", "cuda"))
         self.parts = {"model": net, "ema": ema, "optimizer": optimizer}
-        self.start, self.iterations = restore(run, checkpoint, **self.parts), settings["iterations"]
-        self.processes, self.save_every, self.signal = processes, save_every, 0
+        self.start = restore(run, checkpoint, **self.parts)
         self.log, self.live = self.run / "log.jsonl", Live()
         if processes.rank == 0:
             with explained("use", self.run):
@@ -556,7 +565,8 @@ def trajectory(frames):
 def sample_folder(draw, n, folder, batch_size, identity, processes):
     """Write images 0 to n-1 as folder/000000.png ... and nothing else, only those missing; returns how many were.
 
-    draw(numbers) -> uint8 [b, C, H, W]. identity: text that names the run, seed and solver, kept inside every PNG; a folder with anything else is refused.
+    draw(numbers) -> uint8 [b, C, H, W]. identity: text that names the run, seed and solver, kept inside every PNG; a
+    folder whose first or last is another's, or that holds anything but numbered PNGs, is refused.
     """
     folder = pathlib.Path(folder)
     with explained("use", folder):
@@ -586,13 +596,14 @@ def sample_folder(draw, n, folder, batch_size, identity, processes):
 def draw_samples(draw, x, run, checkpoint, args, calls, options, processes):
     """What --sample does, and the lines that say so.
 
-    draw(x1, generators, watch) -> [b, C, H, W] in [-1, 1], from noise x1 of which image i is a function of (seed, i), as
-    are the generators; it calls watch(t, x_t, x̂0) at each of its `calls` of the network, and at t = 0. x: zeros, as many
-    as are drawn at once. options: a dictionary of what else makes the images what they are.
+    draw(x1, generators, watch) -> [b, C, H, W] in [-1, 1], from noise x1 of which image i is a function of (seed, i),
+    as are the generators; it calls watch(t, x_t, x̂0) at each of its `calls` of the network, and at t = 0. x: zeros, as
+    many as are drawn at once. options: a dictionary of what else makes the images what they are.
     """
     seed, frames, live = checkpoint["method"]["seed"] if args.seed is None else args.seed, [], Live()
     identity = {"weights": digest(checkpoint["ema"]), "seed": seed, "network calls per image": calls, **options}
-    text = ", ".join(f"{key} {flag(value)}" for key, value in identity.items() if value is not None and value is not False)
+    given = {key: value for key, value in identity.items() if value is not None and value is not False}
+    text = ", ".join(f"{key} {flag(value)}" for key, value in given.items())
     shown = {round(i * calls / 10) for i in range(11)}                      # of the calls, and the end
 
     def images(numbers):
@@ -675,9 +686,9 @@ def parser(script, doc, defaults, paper, steps="10"):
     add("--image-size", type=number(int, 1), metavar="PIXELS", help="height and width the images are resized to")
     add = group["training"].add_argument
     add("--preset", choices=("paper",), help="the paper's own hyper-parameters in place of the compact defaults")
-    add("--iterations", type=number(int, 1), metavar="N", help="training steps in all, over which the rate decays")
+    add("--iterations", type=number(int, 1), metavar="N", help="training steps in all")
     add("--batch-size", type=number(int, 1), metavar="N", help="images a step, shared between processes")
-    add("--lr", type=number(float, 0, above=True), help="learning rate (at the start), more than 0")
+    add("--lr", type=number(float, 0, above=True), help="learning rate (at the start, where it decays), more than 0")
     add("--ema", type=number(float, 0, 1), help="decay of the weights' moving average, 0 to 1")
     add("--seed", type=number(int, 0), help="of training and of sampling, 0 or more (default: 0, or the run's)")
     add("--save-every", type=number(float, 0), default=60.0, metavar="S", help="seconds between checkpoints (60)")

@@ -329,13 +329,9 @@ def train(run, settings, checkpoint, args, processes):
     """Train, or go on, in the run directory until step settings["iterations"]. Source: Algorithm 1 and ADM Sec. V-A."""
     if data.finished(run, settings, checkpoint, processes):
         return
+    training = data.Training(run, settings, checkpoint, args, processes, network_of, unet.create, torch.optim.AdamW)
+    (net, ema, optimizer), images, mine = training.parts.values(), training.images, training.mine
     device, batch, iterations = processes.device, settings["batch_size"], settings["iterations"]
-    mine = data.share(batch, processes)                     # this process's slice of the global batch
-    images = data.load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
-    network = network_of(settings, images.shape[1])
-    net, ema = unet.create(network, device, data.seed("weights", settings["seed"]))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings["lr"], fused=device.type in ("cpu", "cuda"))
-    training = data.Training(run, settings, checkpoint, network, net, ema, optimizer, processes, args.save_every)
     alone = predictor_of(net, settings, args, processes)    # neither compiled nor waiting for the other processes
     unet.warn_cost(alone, images.shape[1:], batch, iterations - training.start, processes)
     model = predictor_of(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
@@ -392,8 +388,9 @@ def write_samples(run, settings, checkpoint, args, processes):
     net = unet.create(network, processes.device)[1]
     data.restore(run, checkpoint, ema=net)
     solver, steps = solver_of(settings, args), args.steps or 10
-    options = {"solver": solver, "grid": args.grid or "quadratic", "heads": heads_for(solver, args.heads, settings["h"]),
-               "clip": args.clip, "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
+    heads = heads_for(solver, args.heads, settings["h"])
+    options = {"solver": solver, "grid": args.grid or "quadratic", "heads": heads, "clip": args.clip,
+               "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
                "delta": settings["delta"]}
     x = unet.batch_like(args.n, network, processes.device)
     model = unet.fast(predictor_of(net, settings, args, processes), x, x.new_ones(len(x)))

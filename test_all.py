@@ -656,7 +656,9 @@ def test_blurring_every_transition_is_a_distribution(blur):
     near = torch.linspace(0, 1, 1001)
     assert blurring.transition(near[1:], near[:-1], 32, **blur)[1].min() > 0
     exact = blurring.transition(near[1:].double(), near[:-1].double(), 32, **blur)[1]
-    torch.testing.assert_close(blurring.transition(near[1:], near[:-1], 32, **blur)[1].double(), exact, rtol=3e-4, atol=0)
+    torch.testing.assert_close(
+        blurring.transition(near[1:], near[:-1], 32, **blur)[1].double(), exact, rtol=3e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("blur", [SETTINGS[0], SETTINGS[6], SETTINGS[7], HEAT])
@@ -724,7 +726,9 @@ def test_blurring_without_blur_is_denoising_diffusion():
     a_ts = a_t / a_s
     n2_ts = n_t**2 - a_ts**2 * n_s**2
     precision = 1 / n_s**2 + a_ts**2 / n2_ts
-    torch.testing.assert_close(blurring.idct(mean), (a_ts / n2_ts * zt + a_s / n_s**2 * x0) / precision, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        blurring.idct(mean), (a_ts / n2_ts * zt + a_s / n_s**2 * x0) / precision, rtol=0, atol=1e-10
+    )
     torch.testing.assert_close(variance, (1 / precision).expand_as(variance), rtol=1e-10, atol=0)
 
 
@@ -775,8 +779,8 @@ def test_blurring_loss_is_the_networks_own_squared_error(predict):
 
 
 def test_blurring_ihdm_learns_the_level_before():
-    """Eq. 12 and its input: A_k x + σ n in, A_{k-1} x out, with blurs made without our schedule; the network adds to its
-    input. Catches a target with noise, and level k for k - 1.
+    """Eq. 12 and its input: A_k x + σ n in, A_{k-1} x out, with blurs made without our schedule; the network adds to
+    its input. Catches a target with noise, and level k for k - 1.
     """
     x0, eps, k = rand(3, 1, 16, 16), randn(3, 1, 16, 16), torch.tensor([1, 2, 200])
     widths = [0, *np.exp(np.linspace(np.log(0.5), np.log(24), 200))]
@@ -843,12 +847,11 @@ def test_blurring_eta_keeps_the_marginal_and_ends_at_the_posterior(eta):
     slope = blurring.ddim_step(one, zero, t, s, eta, zero)
     spread = blurring.ddim_step(zero, zero, t, s, eta, one)
     torch.testing.assert_close(slope**2 * sigma_t**2 + spread**2, (sigma_s**2).expand(shape), rtol=1e-9, atol=0)
-    assert (spread.max() > 1e-3) == (eta > 0)
+    ut = randn(*shape, seed=5)
+    mean, variance = blurring.posterior(ut, ux, t, s)
+    torch.testing.assert_close(spread, (eta * variance.sqrt()).expand(shape), rtol=1e-9, atol=0)
     if eta == 1:
-        ut = randn(*shape, seed=5)
-        mean, variance = blurring.posterior(ut, ux, t, s)
         torch.testing.assert_close(blurring.ddim_step(ut, ux, t, s, 1.0, zero), mean, rtol=0, atol=1e-9)
-        torch.testing.assert_close(spread**2, variance.expand(shape), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("blur", [SETTINGS[0], SETTINGS[6], SETTINGS[7]])
@@ -955,6 +958,19 @@ def test_blurring_ancestral_sampling_draws_the_data(heads):
         assert abs((u[:, 0, band] ** 2).mean() / by_hand(60)[band].mean() - 1) < 0.04, (low, high)
 
 
+@pytest.mark.parametrize("solver,eta", [("ancestral", 0.0), ("ddim", 0.0), ("ddim", 0.6), ("ddim2", 0.0)])
+def test_blurring_either_head_samples_the_same_image(solver, eta):
+    """An exact ε̂ and an exact x̂₀ are the same knowledge (Eq. 22): every solver draws the same image from either.
+    Catches a wrong conversion.
+    """
+    c, z1 = spectrum(8), randn(3, 1, 8, 8)
+    a, b = (
+        blurring.sample(gaussian_oracle(c, heads=h), z1, 9, solver, eta, generator=torch.Generator().manual_seed(2))
+        for h in ("eps", "x0")
+    )
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("solver", ["ancestral", "ddim", "ddim2", "improved", "naive"])
 def test_blurring_n_steps_are_n_network_calls(solver):
     """N steps make N calls, at 1, 1 - 1/N, ..., 1/N (Algorithm 1), N = 1 included; finite in float32 from either head.
@@ -970,7 +986,9 @@ def test_blurring_n_steps_are_n_network_calls(solver):
             assert len(seen) == steps + 1 and seen[-1] == 0 and x.dtype == torch.float32 and torch.isfinite(x).all()
 
 
-@pytest.mark.parametrize("solver,eta", [("ancestral", 0.0), ("ddim", 0.5), ("ddim", 0.0), ("ddim2", 0.0), ("ihdm", 0.0)])
+@pytest.mark.parametrize(
+    "solver,eta", [("ancestral", 0.0), ("ddim", 0.5), ("ddim", 0.0), ("ddim2", 0.0), ("ihdm", 0.0)]
+)
 def test_blurring_last_step_returns_its_mean(solver, eta, monkeypatch):
     """Noise is drawn for all steps but the last, and by stochastic solvers only. Catches a grain left on the images."""
     draws = []
@@ -1383,11 +1401,14 @@ def trained(tmp_path, monkeypatch, capsys):
     return tmp_path / "runs" / "ddm-shapes"
 
 
-def test_ddm_train_and_sample_write_what_they_name(trained, capsys):
+def test_ddm_train_and_sample_write_what_they_name(trained, capsys, monkeypatch):
     """--sample needs the checkpoint alone, and its last line names the files it wrote. Catches a sampler that needs
     the data or the flags.
     """
     (trained / "log.jsonl").unlink()
+    monkeypatch.setattr(unet, "batch_like", lambda n, *a, f=unet.batch_like: f(4, *a))  # two batches, of 4 and 1
+    run_main(capsys, "--sample", "--steps", 23, "--n", 5, status=0)
+    assert Image.open(trained / "trajectory.png").width == 11 * 66 + 2  # eleven of the calls, evenly
     code, out, _ = run_main(capsys, "--sample", "--steps", 3, "--n", 5, status=0)
     assert (
         out.splitlines()[-1].startswith("wrote ")
@@ -1665,7 +1686,16 @@ def test_help_reads_like_a_page_and_imports_are_silent(script):
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
     shown = process(HERE, "--help", script=script).communicate(timeout=120)[0]
     iterations = str(script.PAPER["cifar10"]["iterations"])
-    for word in ("training:", "network:", "sampling:", "machine:", "method:", "--preset paper", iterations, "batch-size"):
+    for word in (
+        "training:",
+        "network:",
+        "sampling:",
+        "machine:",
+        "method:",
+        "--preset paper",
+        iterations,
+        "batch-size",
+    ):
         assert word in shown, word
 
 
@@ -1685,9 +1715,8 @@ def empty(tmp_path, monkeypatch):
         ("--predict eps --sigma-blur-max 0 --solver ddim --eta 0.5", "eta 0.5"),
         ("--predict x0 --solver ddim2", "clip on"),
         ("--process ihdm --levels 3", "solver ihdm"),
-        ("--process ihdm --predict x0 --levels 9", "solver ancestral"),
-        ("--process cold", "solver improved"),
-        ("--process cold --solver naive", "solver naive"),
+        ("--process cold --levels 9", "solver improved"),
+        ("--process cold --levels 9 --solver naive", "solver naive"),
     ],
 )
 def test_blurring_every_row_of_the_papers_tables_is_a_command(flags, said, empty, capsys):
@@ -1702,7 +1731,7 @@ def test_blurring_every_row_of_the_papers_tables_is_a_command(flags, said, empty
 
 def test_blurring_default_steps_are_the_solvers(empty, capsys, monkeypatch):
     """1000 ancestral steps on CIFAR-10 as the paper, 50 and 20 of the deterministic solvers, 20 of the second order for
-    the demo, the levels for IHDM. Catches 10 steps for all.
+    the demo, the levels for IHDM, and Algorithm 1 for an ε network. Catches 10 steps for all.
     """
     asked = []
     monkeypatch.setattr(blurring, "sample", lambda net, z1, steps, solver, **_: asked.append((solver, steps)) or z1)
@@ -1714,7 +1743,10 @@ def test_blurring_default_steps_are_the_solvers(empty, capsys, monkeypatch):
         run_main(capsys, "--sample", *more, status=0, script=blurring)
     run_main(capsys, "--train", "--sample", *TINY, "--iterations", 1, status=0, script=blurring)
     run_main(capsys, *flags, "--sample", "--process", "ihdm", "--run", "heat", status=0, script=blurring)
-    assert asked == [("ancestral", 1000), ("ddim", 50), ("ddim2", 20), ("ancestral", 7), ("ddim2", 20), ("ihdm", 200)]
+    noise = ["--train", "--sample", "--predict", "eps", "--run", "noise"]
+    run_main(capsys, *noise, *TINY, "--iterations", 1, status=0, script=blurring)
+    shapes, neighbour = [("ddim2", 20)], [("ihdm", 200), ("ancestral", 1000)]
+    assert asked == [("ancestral", 1000), ("ddim", 50), ("ddim2", 20), ("ancestral", 7), *shapes, *neighbour]
 
 
 @pytest.mark.parametrize("process", ["ihdm", "cold"])
@@ -1725,7 +1757,7 @@ def test_blurring_neighbours_start_from_blurred_training_images(process, empty, 
     starts = []
     monkeypatch.setattr(blurring, "sample", lambda net, z1, *_, **__: starts.append(z1) or z1)
     flags = ["--train", "--sample", "--n", 6, "--process", process, *TINY, "--iterations", 1]
-    monkeypatch.setattr(data, "draw_samples", lambda draw, x, *_: draw(x, data.image_generators(0, range(6)), None))
+    monkeypatch.setattr(data, "draw_samples", lambda draw, x, *_: draw(x + 1, data.image_generators(0, range(6)), None))
     run_main(capsys, *flags, status=0, script=blurring)
     images = blurred(data.to_float(torch.from_numpy(data.shapes(20, 16))).double(), 12.0)
     (z1,) = starts
@@ -1765,6 +1797,8 @@ def test_blurring_wrong_flags_are_sentences(empty, capsys, monkeypatch):
         "--process cold --predict eps",
         "--process ihdm --solver ddim",
         "--process ihdm --steps 10",
+        "--process ihdm --clip",
+        "--process cold --steps 30",
         "--process cold --solver ancestral",
         "--solver naive",
         "--solver ancestral --eta 0.5",
@@ -1779,6 +1813,38 @@ def test_blurring_wrong_flags_are_sentences(empty, capsys, monkeypatch):
         _, _, err = run_main(capsys, "--train", *flags.split(), status=2, script=blurring)
         assert "Traceback" not in err and err.strip(), flags
     assert not (empty / "runs").exists()
+
+
+def test_blurring_neighbours_blur_by_the_image_and_match_its_channels(empty, capsys):
+    """The blur of IHDM and cold diffusion goes with --image-size and the paper's preset; and start images with other
+    channels than the network's are a sentence. Catches a blur wider than the image, and a traceback from a convolution.
+    """
+    for size, widest in ((None, 24.0), (16, 12.0), (64, 32.0)):
+        assert blurring.defaults_for(blurring.DEFAULTS, "cold", size)["cifar10"]["sigma_blur_max"] == widest
+    assert blurring.defaults_for(blurring.PAPER, "ihdm", None)["cifar10"]["predict"] == "mean"
+    for name, shape in (("grey", (8, 8)), ("colour", (8, 8, 3))):
+        (empty / name).mkdir()
+        Image.fromarray(np.full(shape, 90, np.uint8)).save(empty / name / "a.png")
+    flags = [
+        "--train",
+        "--process",
+        "cold",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        "grey",
+        "--image-size",
+        8,
+        "--levels",
+        2,
+    ]
+    run_main(capsys, *flags, *TINY, "--iterations", 1, "--run", "r", status=0, script=blurring)
+    run_main(capsys, "--sample", "--run", "r", "--n", 2, "--out", "pngs", status=0, script=blurring)
+    _, _, err = run_main(capsys, "--sample", "--run", "r", "--data-dir", "colour", status=1, script=blurring)
+    assert "channels" in err and err.count("\n") == 1
+    (empty / "grey").rename("elsewhere")
+    other = ["--sample", "--run", "r", "--data-dir", "elsewhere", "--n", 3, "--out", "pngs"]
+    assert "choose another --out" in run_main(capsys, *other, status=1, script=blurring)[2]
 
 
 def test_blurring_and_ddm_refuse_each_others_runs(trained, capsys):
@@ -1878,18 +1944,24 @@ def test_readme_lines_of_python_sample_from_a_checkpoint(trained):
 
 def test_map_is_true():
     """Every row's function and test exist, no number is missing, and every `Eq. n` tag of the scripts is in the map."""
-    rows = [line.split("|")[1:-1] for line in (HERE / "README.md").read_text().splitlines() if line.startswith("| DDM")]
-    numbers = [cells[1].strip() for cells in rows]
-    assert sorted(numbers) == sorted([f"Eq. {n}" for n in range(1, 29)] + ["Algorithm 1", "Algorithm 2"])
-    tests = globals()
-    for paper, number, what, where, proofs in rows:
-        places, proofs = re.findall(r"`(\w+)\.(\w+)`", where), re.findall(r"`(\w+)`", proofs)
-        assert places or "not code: " in where, number
-        assert all(
-            callable(getattr({"ddm": ddm, "unet": unet, "data": data}[file], name)) for file, name in places
-        ), number
-        assert all(callable(tests[name]) for name in proofs) and (proofs or not places), number
-    mapped = {number for number, cells in zip(numbers, rows) if "not code" not in cells[3]}
-    for line in (HERE / "ddm.py").read_text().splitlines():
-        for numbers in re.findall(r"# Eq\. ([\d, ]+)$", line):
-            assert {f"Eq. {n.strip()}" for n in numbers.split(",")} <= mapped, line
+    algorithms = {"Algorithm 1", "Algorithm 2"}
+    papers = {"DDM": (28, ddm), "Blurring": (30, blurring)}
+    lines = (HERE / "README.md").read_text().splitlines()
+    for paper, (last, script) in papers.items():
+        rows = [line.split("|")[1:-1] for line in lines if line.startswith(f"| {paper}")]
+        numbers = [cells[1].strip() for cells in rows]
+        assert sorted(numbers) == sorted({f"Eq. {n}" for n in range(1, last + 1)} | algorithms)
+        for _, number, _, where, proofs in rows:
+            places, proofs = re.findall(r"`(\w+)\.(\w+)`", where), re.findall(r"`(\w+)`", proofs)
+            assert places or "not code: " in where, number
+            for file, name in places:
+                assert callable(getattr(sys.modules[file], name)), number
+            assert all(callable(globals()[name]) for name in proofs) and (proofs or not places), number
+        mapped = {number for number, cells in zip(numbers, rows) if "not code" not in cells[3]}
+        tagged = 0
+        for line in (HERE / f"{script.__name__}.py").read_text().splitlines():
+            for found in re.findall(r"# Eq\. ([\d, ]+)", line):
+                found = {f"Eq. {n.strip()}" for n in found.split(",") if n.strip()}
+                tagged += len(found)
+                assert found <= mapped, line
+        assert tagged > 5

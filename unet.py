@@ -19,9 +19,9 @@ Two of the papers ask a network for two things at once, the image and the noise,
 The resolutions are those of CIFAR-10 with mult=(1, 2, 2, 2). With second="decoder" (ADM's "U-Net+decoder") each further
 output has a decoder of its own; with second="conv" ("U-Net+conv") it has only two 3x3 convolutions on the feature map
 before the first output layer. The paper prints "stride 2" for them, which could not give an image of the input's size;
-here they have stride 1. With width=128, blocks=2 and one output this is DDPM's CIFAR-10 network (35.7 M parameters), but
-for the place where time enters: behind a block's second norm, not before it. (A norm takes out what is added evenly to
-its whole group, and in narrow networks a group is a channel or a few.)
+here they have stride 1. With width=128, blocks=2 and one output this is DDPM's CIFAR-10 network (35.7 M parameters),
+but for the place where time enters: behind a block's second norm, not before it. (A norm takes out what is added evenly
+to its whole group, and in narrow networks a group is a channel or a few.)
 
     python unet.py [--device cuda]     parameters, FLOPs and images/s on this machine
 
