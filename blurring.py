@@ -232,7 +232,8 @@ def loss(model, x0, eps, t, predict="v", **blur):
 def posterior(ut, ux, t, s, **blur):
     """q(u_s | u_t, x) = N(mean, variance) in frequency space, s < t. ut, ux: [B, C, H, W]; t, s: [B] or [1].
 
-    Eq. 19 multiplied out, so that nothing is divided by σ_t|s or d_t, which may be 0.
+    Eq. 19 multiplied out, so that nothing is divided by σ_t|s or d_t, which may be 0. With x̂₀ in x's place this is the
+    model, Eq. 23 (which prints the standard deviation where Eq. 18 has the variance).
     """
     size = ut.shape[-2:]
     alpha_ts, sigma2_ts = transition(t, s, size, **blur)

@@ -1183,6 +1183,22 @@ def test_unet_report_names_its_figures(capsys):
     )
 
 
+def test_unet_warns_of_a_long_training_and_of_no_other(capsys):
+    """On a CPU the first process says what a long training will cost; a short one, a GPU and the others say nothing.
+    Catches an hour's wait without a word.
+    """
+    net = small_net()
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for steps, place, said in (
+        (10**7, (cpu, 0, 1), True),
+        (1, (cpu, 0, 1), False),
+        (10**7, (cpu, 1, 2), False),
+        (10**7, (gpu, 0, 1), False),
+    ):
+        unet.warn_cost(net, (3, 8, 8), 8, steps, data.Processes(*place))
+        assert ("steps take" in capsys.readouterr().out) == said
+
+
 def test_unet_attends_where_it_is_told():
     """Attention lies at the levels where size / 2^level is listed, and in the middle. Catches attention by level
     number.
@@ -1460,6 +1476,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(script, trained, capsys, monke
     assert "stopped by SIGTERM at step 3" in out and weights(parts)["step"] == 3
     run_main(capsys, "--train", "--run", parts, status=0, script=script)  # the flags come from the checkpoint
     assert same(weights(parts), weights(whole))
+
+
+@SCRIPTS
+def test_seed_makes_the_weights(script, trained, capsys):
+    """Two seeds start from different weights, farther apart than a step takes them, and one seed from the same. Catches
+    a seed that the network never sees.
+    """
+    runs = {}
+    for name, value in (("a", 1), ("b", 1), ("c", 2)):
+        flags = ["--seed", value, "--run", trained.parent / name, *TINY, "--iterations", 1]
+        run_main(capsys, "--train", *flags, status=0, script=script)
+        runs[name] = weights(trained.parent / name)["model"]["first.weight"]
+    assert torch.equal(runs["a"], runs["b"]) and (runs["a"] - runs["c"]).abs().max() > 0.05
 
 
 @SCRIPTS
