@@ -9,7 +9,8 @@ a proper diffusion. The network sees and answers in pixels; only the schedules l
 
     python blurring.py --train                       train on the embedded shapes, in runs/blurring-shapes/ (minutes)
     python blurring.py --train --dataset cifar10     train on CIFAR-10, in runs/blurring-cifar10/
-    python blurring.py --sample --steps 20           sample from the newest run
+    python blurring.py --sample --solver ddim2       sample from the newest run, in 20 deterministic steps
+    python blurring.py --sample --steps 1000         ... by Algorithm 1 (in the shapes' run: --solver ancestral)
 
 Symbols, of the paper and of this code:
 
