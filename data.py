@@ -8,6 +8,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import datetime
 import functools
 import hashlib
@@ -560,6 +561,38 @@ def trajectory(frames):
     """
     rows = [to_uint8(frame[k][i]) for i in range(len(frames[0][1])) for k in (1, 2) for frame in frames]
     return picture(torch.stack(rows), len(frames), [f"t={t:.3g}" for t, _, _ in frames])
+
+
+def curves(path, x, panels, log=()):
+    """Write curves to PATH.csv, draw them side by side in PATH.png, and say so. Drawing needs matplotlib, nothing else.
+
+    x: (its label, numbers). panels: {title: {a curve's name: numbers, or (numbers, standard deviations)}}. log: the
+    titles of panels with a logarithmic axis. Raises Problem where matplotlib is missing; the CSV is then there.
+    """
+    columns, table = {x[0]: x[1]}, io.StringIO()
+    panels = {title: {name: y if isinstance(y, tuple) else (y, None) for name, y in named.items()}
+              for title, named in panels.items()}
+    for title, named in panels.items():
+        for name, (y, spread) in named.items():
+            columns |= {f"{title}, {name}": y} | ({f"{title}, {name}, std": spread} if spread is not None else {})
+    csv.writer(table).writerows([columns, *([f"{float(v):.6g}" for v in row] for row in zip(*columns.values()))])
+    write_atomically(f"{path}.csv", table.getvalue().encode())
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise Problem(f"wrote {path}.csv, and no picture: that needs matplotlib (pip install matplotlib)") from error
+    figure, buffer = Figure(figsize=(5.5 * len(panels), 4), layout="constrained"), io.BytesIO()
+    for axes, (title, named) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for name, (y, spread) in named.items():
+            line, = axes.plot(x[1], y, label=name)
+            if spread is not None:
+                low, high = (np.asarray(y) + sign * np.asarray(spread) for sign in (-1, 1))
+                axes.fill_between(x[1], np.maximum(low, 0), high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(title=title, xlabel=x[0], yscale="log" if title in log else "linear")
+        axes.legend()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(f"{path}.png", buffer.getvalue())
+    print(f"wrote {path}.csv, {path}.png", flush=True)
 
 
 def sample_folder(draw, n, folder, batch_size, identity, processes):
