@@ -5,6 +5,7 @@ float64 against a derivation of their own (brute-force conditioning, quadrature,
 not against the formula again.
 """
 
+import csv
 import errno
 import json
 import math
@@ -16,19 +17,21 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import angular
 import blurring
 import data
 import ddm
 import unet
 
 HERE = pathlib.Path(__file__).parent
-SCRIPTS = pytest.mark.parametrize("script", [ddm, blurring], ids=lambda script: script.__name__)
+SCRIPTS = pytest.mark.parametrize("script", [ddm, blurring, angular], ids=lambda script: script.__name__)
 ATTENUATIONS = ["constant", "linear", "quadratic", "exponential", "sine"]
 TINY = "--width 8 --mult 1 1 --blocks 1 --attention --batch-size 4 --device cpu".split()
 
@@ -1069,6 +1072,470 @@ def test_blurring_combinations_that_cannot_be_are_refused():
             blurring.sample(None, torch.zeros(1, 1, 2, 2), 2, **options)
 
 
+# ---------------------------------------------------------------------------------------------- angular: the schedule
+
+HALF_PI = math.pi / 2
+SOLVERS = ["euler", "midpoint", "heun", "rk4", "ddim", "ddim2", "cold", "ddpm"]
+
+
+def test_angular_betas_multiply_to_alpha_bar():
+    """ᾱ_i = Π (1 - β) (the text under Eq. 3) for all three schedules, ᾱ_0 = 1, and ᾱ = cos²η on the quarter circle.
+    Catches a β of one schedule with the ᾱ of another, and the text's swapped ends.
+    """
+    for T in (1, 4, 1000):
+        i = torch.arange(T + 1)
+        for schedule in ("angular", "linear", "jsd"):
+            bar, b = angular.alpha_bar(i, T, schedule), angular.beta(i[1:], T, schedule)
+            assert bar.dtype == b.dtype == torch.float64 and bar[0] == 1
+            np.testing.assert_allclose((1 - b).cumprod(0), bar[1:], rtol=1e-10, atol=1e-15)
+            assert (b > 0).all() and (b <= 1).all() and (bar.diff() < 0).all()
+        np.testing.assert_allclose(angular.alpha_bar(i, T), np.cos(np.arange(T + 1) / T * np.pi / 2) ** 2, atol=1e-15)
+        np.testing.assert_allclose(angular.alpha_bar(i, T, "jsd"), 1 - np.arange(T + 1) / T, atol=1e-15)
+
+
+def test_angular_last_betas_reach_one_and_the_first_keeps_its_digits():
+    """β_T = 1, β_{T-1} = .75, β_{T-2} = 5/9 (to O(1/T²)): no division by ᾱ_T = 0; and β_1 = sin² of the first angle,
+    of which 1 - cos²/cos² keeps half the digits. Catches the naive quotient.
+    """
+    last = angular.beta(torch.tensor([998, 999, 1000]), 1000)
+    np.testing.assert_allclose(last, [5 / 9, 3 / 4, 1], rtol=1e-5)
+    assert last[-1] == 1 and angular.alpha_bar(torch.tensor(1000), 1000) == 0
+    for T in (1000, 10**6):
+        first, angle = angular.beta(torch.tensor([1]), T).item(), math.pi / 2 / T
+        assert math.isclose(first, angle**2 - angle**4 / 3, rel_tol=1e-11)
+
+
+def test_angular_linear_schedule_is_ddpms_and_jsd_is_corrected():
+    """DDPM's linear β: from 1e-4 to .02, with Σ log(1 - β) summed here. JSD as printed, β_t = 1/t, has β_1 = 1 and
+    would leave no image at t = 1; turned round it loses the same part each time. Catches an off-by-one in either.
+    """
+    betas = np.linspace(1e-4, 0.02, 1000)
+    np.testing.assert_allclose(angular.beta(torch.arange(1, 1001), 1000, "linear"), betas, rtol=1e-12)
+    np.testing.assert_allclose(
+        angular.alpha_bar(torch.arange(1, 1001), 1000, "linear"), np.exp(np.log1p(-betas).cumsum()), rtol=1e-10
+    )
+    jsd = angular.beta(torch.arange(1, 6), 5, "jsd")
+    np.testing.assert_allclose(jsd, [1 / 5, 1 / 4, 1 / 3, 1 / 2, 1], rtol=1e-14)
+
+
+def test_angular_times_are_the_schedules():
+    """Even angles from the noise, or from `start`, to the image; for the linear schedule those of whole times, so that
+    200 steps of 1000 are every fifth. Catches a sampler on another schedule than the training's.
+    """
+    np.testing.assert_allclose(angular.angles(4), np.array([1, 0.75, 0.5, 0.25, 0]) * HALF_PI, atol=1e-15)
+    np.testing.assert_allclose(angular.angles(2, start=0.5), np.array([0.5, 0.25, 0]) * HALF_PI, atol=1e-15)
+    bar = np.exp(np.log1p(-np.linspace(1e-4, 0.02, 1000)).cumsum())
+    got = angular.angles(200, "linear")
+    np.testing.assert_allclose(np.cos(got[:-1]) ** 2, bar[4::5][::-1], rtol=1e-9)
+    assert got[-1] == 0 and len(got) == 201 and got[0] < HALF_PI
+    for steps in (1, 3, 7, 333, 1000):
+        assert all(
+            a > b
+            for schedule in ("angular", "linear")
+            for a, b in zip(*[angular.angles(steps, schedule)[k:] for k in (0, 1)])
+        )
+    with pytest.raises(ValueError, match="1000"):
+        angular.angles(1001, "linear")
+
+
+def test_angular_training_covers_every_angle():
+    """Angles of training: even in [0, π/2] on the quarter circle; DDPM's thousand, each as often, on the linear
+    schedule, half of them within .25 of the noise. Catches training on one schedule for sampling on the other.
+    """
+    g = torch.Generator().manual_seed(0)
+    eta = angular.draw_angles(40000, "angular", g)
+    np.testing.assert_allclose(np.quantile(eta, [0, 0.25, 0.5, 0.75, 1]), np.linspace(0, HALF_PI, 5), atol=0.02)
+    assert eta.min() >= 0 and eta.max() <= HALF_PI
+    eta, bar = angular.draw_angles(200000, "linear", g), np.exp(np.log1p(-np.linspace(1e-4, 0.02, 1000)).cumsum())
+    values, counts = torch.unique(eta, return_counts=True)
+    np.testing.assert_allclose(np.cos(values.double().numpy()) ** 2, bar, rtol=2e-3)
+    assert counts.min() > 120 and counts.max() < 290 and (eta > HALF_PI - 0.29).float().mean() > 0.49
+
+
+# ------------------------------------------------------------------------------------------------ angular: the circle
+
+
+def arc(n=7, seed=0):
+    return rand(n, 2, 3, 4, seed=seed), randn(n, 2, 3, 4, seed=seed + 1), rand(n, seed=seed + 2, low=0, high=HALF_PI)
+
+
+def test_angular_velocity_is_the_derivative():
+    """dx/dη by central differences (Eq. 10, in η), at the ends too, where it is ε and -x0 and d/dᾱ is infinite. Catches
+    a sign, and a factor η' = π/2T.
+    """
+    x0, eps, eta = arc()
+    eta[0], eta[1], d = 0, HALF_PI, 1e-5
+    slope = (angular.diffuse(x0, eps, eta + d) - angular.diffuse(x0, eps, eta - d)) / (2 * d)
+    torch.testing.assert_close(angular.velocity(x0, eps, eta), slope, rtol=0, atol=1e-8)
+    torch.testing.assert_close(angular.velocity(x0, eps, eta)[0], eps[0], rtol=0, atol=1e-15)
+    torch.testing.assert_close(angular.velocity(x0, eps, eta)[1], -x0[1], rtol=0, atol=1e-15)
+
+
+def test_angular_is_older_models_marginal():
+    """x_T of DDPM's chain, step by step with its own noises (Eq. 3), has the moments of Eq. 9 at every i: the linear
+    map of (x0, noises) is composed here. Catches cos η for cos²η.
+    """
+    T, image, noise2 = 50, 1.0, 0.0
+    betas = angular.beta(torch.arange(1, T + 1), T).tolist()
+    for i, b in enumerate(betas, 1):
+        image, noise2 = math.sqrt(1 - b) * image, (1 - b) * noise2 + b
+        one, zero, eta = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double(), full(i / T * HALF_PI, 1)
+        assert abs(angular.diffuse(one, zero, eta).item() - image) < 3e-8  # √(1 - β_T) is a root of rounding
+        assert abs(angular.diffuse(zero, one, eta).item() ** 2 - noise2) < 1e-9
+
+
+def test_angular_projection_is_the_nearest_consistent_pair_of_the_same_velocity():
+    """The projected heads lie on the arc through x, differ from the heads along (cos, sin) only, and name the same
+    velocity. Catches a wrong normal, and a projection that would change what Euler does.
+    """
+    R, E, eta = arc()
+    x = randn(7, 2, 3, 4, seed=9)
+    x0, eps = angular.project(x, R, E, eta)
+    torch.testing.assert_close(angular.diffuse(x0, eps, eta), x, rtol=0, atol=1e-13)
+    torch.testing.assert_close(angular.velocity(x0, eps, eta), angular.velocity(R, E, eta), rtol=0, atol=1e-13)
+    v = angular.velocity(R, E, eta)  # and so the pair is x and v, turned back
+    c, s = eta.cos().view(7, 1, 1, 1), eta.sin().view(7, 1, 1, 1)
+    torch.testing.assert_close(x0, c * x - s * v, rtol=0, atol=1e-13)
+    torch.testing.assert_close(eps, s * x + c * v, rtol=0, atol=1e-13)
+
+
+# ------------------------------------------------------------------------------------------ angular: network and loss
+
+
+@pytest.mark.parametrize("predict", ["both", "image", "noise"])
+def test_angular_true_outputs_give_the_true_image_and_noise(predict):
+    """From what each network is asked for follow x0 and ε, for one output by Eq. 6 or 8; and the network is told t in
+    [0, 1]. Catches swapped outputs, and an angle in place of t.
+    """
+    x0, eps, eta = arc()
+    told, raw = [], {"both": (x0, eps), "image": (x0,), "noise": (eps,)}[predict]
+    model = angular.predictor(lambda x, t: told.append(t) or raw, predict)
+    for got, want in zip(model(angular.diffuse(x0, eps, eta), eta / HALF_PI), (x0, eps)):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+    torch.testing.assert_close(told[0], eta / HALF_PI)
+
+
+def test_angular_losses_add_up_on_the_circle():
+    """Eq. 12's three squared terms are not independent: |e_R|² + |e_E|² = |r|² + |e_v|², r the residual of the heads,
+    so γ weighs the same error once more (Pythagoras). Catches a velocity in t units (2.5e-6 of it), a wrong sign.
+    """
+    x0, eps, eta = arc()
+    R, E = randn(7, 2, 3, 4, seed=5), randn(7, 2, 3, 4, seed=6)
+    got = [angular.loss(lambda x, t: (R, E), x0, eps, eta, gamma=g) for g in (0.0, 1.0, 3.0)]
+    r = angular.diffuse(R, E, eta) - angular.diffuse(x0, eps, eta)
+    of_residual = (r**2).mean((1, 2, 3))
+    of_velocity = got[1] - got[0]
+    torch.testing.assert_close(got[0], of_residual + of_velocity, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got[2], got[0] + 3 * of_velocity, rtol=1e-12, atol=0)
+    c, s = eta.cos().view(7, 1, 1, 1), eta.sin().view(7, 1, 1, 1)
+    eR, eE = R - x0, E - eps
+    cross = s**2 * eR**2 + c**2 * eE**2 - 2 * s * c * eR * eE
+    torch.testing.assert_close(of_velocity, cross.mean((1, 2, 3)), rtol=1e-12, atol=0)
+
+
+def test_angular_loss_supervises_what_predict_names():
+    """Eq. 5, Eq. 7 and Eq. 12, squared and plain, worked out by hand for constant errors 2 (image) and 3 (noise) at
+    η = π/6, where v's is -2/2 + 3 cos; and no example leaks into another. Catches a term that is left on.
+    """
+    x0, eps, eta = rand(3, 3, 4, 4), randn(3, 3, 4, 4), full(math.pi / 6, 3)
+    truth = torch.zeros(3, 1, 1, 1, dtype=torch.float64)
+    truth[1] = 1.0
+    v = -1 + 1.5 * math.sqrt(3)
+    by_hand = {"image": (4, 2), "noise": (9, 3), "both": (4 + 9 + 0.5 * v**2, 2 + 3 + 0.5 * v)}
+    for predict, values in by_hand.items():
+        for norm, value in zip(("squared", "plain"), values):
+            model = lambda x, t: (x0 + 2 * truth, eps + 3 * truth)
+            got = angular.loss(model, x0, eps, eta, predict, 0.5, norm)
+            np.testing.assert_allclose(got, [0, value, 0], atol=1e-12)
+
+
+def test_angular_plain_norms_have_gradients_at_zero_error():
+    """The plain norm of Eq. 12 has a kink at zero, where its gradient must be 0 and not NaN. Catches sqrt(sum)."""
+    x0, eps, eta = arc()
+    R = x0.clone().requires_grad_()
+    angular.loss(lambda x, t: (R, eps), x0, eps, eta, norm="plain").sum().backward()
+    assert torch.isfinite(R.grad).all()
+
+
+# ------------------------------------------------------------------------------------------------ angular: single steps
+
+
+def test_angular_ancestral_step_is_gaussian_conditioning():
+    """DDPM's posterior q(x_s | x, x0) by conditioning the joint Gaussian of the chain (Eq. 1, 3): cov(x_s, x) =
+    cos η/cos s sin²s. Finite from η = π/2, where β = 1. Catches any coefficient, and the ε-form's 0/0.
+    """
+    x0, x, z = rand(1, 2, 3, 4), randn(1, 2, 3, 4), torch.ones(1, 2, 3, 4, dtype=torch.float64)
+    for eta, s in ((HALF_PI, 1.4), (HALF_PI, 0.1), (1.2, 1.1), (0.7, 0.05), (0.4, 0.0)):
+        cov, tt, ss = math.cos(eta) / math.cos(s) * math.sin(s) ** 2, math.sin(eta) ** 2, math.sin(s) ** 2
+        mean = angular.ancestral_step(x, x0, eta, s, 0 * z)
+        spread = angular.ancestral_step(x, x0, eta, s, z) - mean
+        want = math.cos(s) * x0 + cov / tt * (x - math.cos(eta) * x0)
+        torch.testing.assert_close(mean, want, rtol=0, atol=1e-13)
+        torch.testing.assert_close(spread**2, (ss - cov**2 / tt) * z, rtol=0, atol=1e-13)
+
+
+def frozen(x0, eps, calls=None):
+    return lambda x, t: (x0, eps) if calls is None else calls.append(t[0].item()) or (x0, eps)
+
+
+def test_angular_frozen_network_shows_what_each_solver_leaves():
+    """With the true (x0, ε) at every call only the quadrature errs. DDIM is exact; Euler leaves the circle by
+    A = (h/2)(1 + cot h/2), B = 1 - (h/2)(cot h/2 - 1), sums of sines; midpoint by h²/24, Heun by -h²/12, RK4 by
+    h⁴/2880. Catches any wrong weight or stage.
+    """
+    x0, eps, _ = arc()
+    for N in (1, 4, 10, 100):
+        h = HALF_PI / N
+        A, B = h / 2 * (1 + 1 / math.tan(h / 2)), 1 - h / 2 * (1 / math.tan(h / 2) - 1)
+        torch.testing.assert_close(angular.sample(frozen(x0, eps), eps, N), A * x0 + B * eps, rtol=0, atol=1e-12)
+        for heads in ("project", "raw"):
+            for solver in ("ddim", "ddim2"):
+                got = angular.sample(frozen(x0, eps), eps, N, solver, heads)
+                torch.testing.assert_close(got, x0, rtol=0, atol=1e-12)
+    assert abs(10 * math.tan(HALF_PI / 20)) < 1 and math.isclose(
+        HALF_PI / 20 * (1 + 1 / math.tan(HALF_PI / 20)), 1.0765, abs_tol=1e-4
+    )
+    one, zero, h = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double(), HALF_PI / 20
+    for solver, of_image in (("midpoint", h**2 / 24), ("heun", -(h**2) / 12), ("rk4", h**4 / 2880)):
+        A = angular.sample(frozen(one, zero), zero, 20, solver).item()
+        B = angular.sample(frozen(zero, one), one, 20, solver).item()
+        np.testing.assert_allclose([A - 1, B], [of_image, -of_image], rtol=0.05)
+
+
+def test_angular_ddim_is_a_rotation_and_forgets_nothing():
+    """A DDIM step is cos h x - sin h v. With raw heads it is cos(h)(x + r) - sin(h) v, r their residual: it drops x,
+    and puts the residual into the image anew at every step; projected heads have none. Euler sees v alone.
+    """
+    R, E, x = randn(5, 2, 3, 4, seed=1), randn(5, 2, 3, 4, seed=2), randn(5, 2, 3, 4, seed=3)
+    eta, h = full(0.4, 5), 0.4  # one step from t = .4 to 0, by start
+    model = frozen(R, E)
+    v, r = angular.velocity(R, E, eta), angular.diffuse(R, E, eta) - x
+    step = lambda solver, heads: angular.sample(model, x, 1, solver, heads, start=0.4 / HALF_PI)
+    torch.testing.assert_close(step("ddim", "project"), math.cos(h) * x - math.sin(h) * v, rtol=0, atol=1e-13)
+    torch.testing.assert_close(step("ddim", "raw"), math.cos(h) * (x + r) - math.sin(h) * v, rtol=0, atol=1e-13)
+    torch.testing.assert_close(step("euler", "raw"), x - h * v, rtol=0, atol=1e-13)
+    assert torch.equal(step("euler", "raw"), step("euler", "project"))
+
+
+@pytest.mark.parametrize("schedule", ["angular", "linear"])
+def test_angular_ddim_of_a_noise_network_is_songs(schedule):
+    """A noise-only network sampled by `ddim` is Eq. 6 as Song et al. wrote it, in ᾱ, from the last angle at which
+    1/cos is finite; coded here. Catches a sampler that starts a noise-only network at π/2, or on the other
+    schedule.
+    """
+    net = lambda x, t: (torch.tanh(x) * (1 + t.view(-1, 1, 1, 1)),)
+    x1 = randn(3, 1, 4, 4)
+    start = 0.999 if schedule == "angular" else 1.0
+    bar = (
+        np.cos(0.999 * HALF_PI * (1 - np.arange(11) / 10)) ** 2
+        if schedule == "angular"
+        else np.append(np.exp(np.log1p(-np.linspace(1e-4, 0.02, 1000)).cumsum())[99::100][::-1], 1)
+    )
+    x = x1
+    for a, b in zip(bar, bar[1:]):
+        e = net(x, full(math.acos(math.sqrt(a)) / HALF_PI, 3))[0]
+        x = math.sqrt(b) * (x - math.sqrt(1 - a) * e) / math.sqrt(a) + math.sqrt(1 - b) * e
+    got = angular.sample(angular.predictor(net, "noise"), x1, 10, "ddim", schedule=schedule, start=start)
+    torch.testing.assert_close(got, x, rtol=1e-6, atol=1e-6)
+
+
+def test_angular_second_order_term_is_the_integral_of_the_slope():
+    """What x̂0 = η' - η adds on the way from x(η) = 0: dx/dη' = (cos η' x - x̂0)/sin η', by quadrature with its
+    integrating factor 1/sin. Catches its algebra, and the limit at s = 0.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(80)
+    for eta, s in ((HALF_PI, 1.2), (1.0, 0.3), (0.3, 0.1), (0.2, 0.19)):
+        e = eta + (s - eta) * (nodes + 1) / 2
+        integral = math.sin(s) * np.sum(weights * (s - eta) / 2 * -(e - eta) / np.sin(e) ** 2)
+        assert math.isclose(angular.second_order(eta, s), integral, rel_tol=1e-9)
+    assert angular.second_order(0.3, 0.0) == -0.3
+    assert math.isclose(angular.second_order(0.3, 1e-9), -0.3, rel_tol=1e-6)
+
+
+def test_angular_cold_rule_is_ddim_for_an_image_network():
+    """Cold diffusion's rule (Eq. 8) takes x̂0 and the noise that x then holds. For an image-only network that is DDIM
+    (the paper's Sec. 4); with two heads it ignores the second. Catches a rule with the network's own noise.
+    """
+    x1 = randn(3, 1, 4, 4)
+    image = angular.predictor(lambda x, t: (torch.tanh(x),), "image")
+    both = [angular.sample(image, x1, 7, solver) for solver in ("cold", "ddim")]
+    torch.testing.assert_close(*both, rtol=0, atol=1e-12)
+    junk = angular.sample(lambda x, t: (torch.tanh(x), 100 * x), x1, 7, "cold")
+    torch.testing.assert_close(junk, both[0], rtol=0, atol=1e-12)
+
+
+# --------------------------------------------------------------------------- angular: the sampler on exact oracles
+
+
+def mixture(weights=WEIGHTS, means=MEANS, stds=STDS, calls=None):
+    """The exact posterior means (x0, ε) of a 1-D Gaussian mixture on the quarter circle, as a network."""
+    w, m, s = (torch.tensor(v, dtype=torch.float64) for v in (weights, means, stds))
+
+    def net(x, t):
+        if calls is not None:
+            calls.append(t[0].item())
+        c, n = (HALF_PI * t).cos().view(-1, 1, 1, 1, 1), (HALF_PI * t).sin().view(-1, 1, 1, 1, 1)
+        off, var = x[..., None].double() - c * m, c**2 * s**2 + n**2
+        resp = torch.softmax(w.log() - off**2 / (2 * var) - var.log() / 2, dim=-1)
+        x0, eps = (resp * (m + c * s**2 / var * off)).sum(-1), (resp * (n / var * off)).sum(-1)
+        return x0.to(x.dtype), eps.to(x.dtype)
+
+    return net
+
+
+@pytest.mark.parametrize(
+    "solver,order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4), ("ddim", 1), ("ddim2", 2)]
+)
+def test_angular_solvers_have_their_order(solver, order):
+    """The ODE keeps quantiles, so its exact end is known: errors at 200 and 400 steps, on a smooth mixture, through the
+    public sampler. (ddim2's is h² log 1/h, as cot η is singular at the end.) Catches a stage at the wrong angle, which
+    would still look right at 10 steps.
+    """
+    x1, exact = quantiles(100)
+    error = [(angular.sample(mixture(), x1, n, solver) - exact).pow(2).mean().sqrt().item() for n in (200, 400)]
+    logs = math.log2(math.log(200 / HALF_PI) / math.log(400 / HALF_PI)) if solver == "ddim2" else 0
+    assert abs(math.log2(error[0] / error[1]) - order - logs) < (0.03 if logs else 0.1), error
+
+
+def test_angular_linear_schedule_walks_the_same_ode():
+    """The schedule says where on the arc the steps are, not what the arc is: on uneven angles midpoint still converges
+    to the exact quantiles. (DDPM's last time is 6e-3 short of the noise, which bounds how well.)
+    """
+    x1, exact = quantiles(100)
+    errors = [(angular.sample(mixture(), x1, n, "midpoint", schedule="linear") - exact).abs().max() for n in (10, 100)]
+    assert errors[1] < 0.02 and errors[1] < errors[0] / 3
+
+
+def test_angular_euler_stands_still_on_white_data_and_ddim_shrinks_it():
+    """Why Euler can beat DDIM: where the data are as wide as the noise, the path x(η) is a point. Euler stays; DDIM,
+    which turns towards x̂0 = cos η x as if it were final, multiplies by cos h in every step: .88 in 10, .55 in 2.
+    """
+    x1 = randn(9, 1, 2, 2)
+    net = mixture([1.0], [0.0], [1.0])
+    for N in (1, 2, 10):
+        torch.testing.assert_close(angular.sample(net, x1, N), x1, rtol=0, atol=1e-13)
+        shrunk = angular.sample(net, x1, N, "ddim")
+        torch.testing.assert_close(shrunk, math.cos(HALF_PI / N) ** N * x1, rtol=0, atol=1e-13)
+    assert abs(math.cos(HALF_PI / 10) ** 10 - 0.883) < 1e-3
+
+
+def test_angular_euler_is_no_worse_than_ddim_on_gaussian_data():
+    """On N(0, s²), s from .001 to 100, Euler's standard deviation is off by no more than DDIM's in 10 steps or more;
+    in 5 for s from .01, and not for .005. Catches a README that says more.
+    """
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+    def off(s, N, solver):
+        return abs(abs(angular.sample(mixture([1.0], [0.0], [s]), one, N, solver).item()) - s)
+
+    for N, low in ((5, 0.01), (10, 0.001), (50, 0.001)):
+        for s in np.geomspace(low, 100, 12):
+            assert off(s, N, "euler") <= off(s, N, "ddim") + 1e-12, (s, N)
+    assert off(0.005, 5, "euler") > off(0.005, 5, "ddim")
+
+
+def test_angular_velocity_of_the_mean_field_at_both_ends():
+    """For any data v(x, π/2) = -E[x0] whatever x is, and v(x, 0) = 0: ε is independent of x0 (what Heun and RK4 ask at
+    η = 0 is no direction). Catches an oracle, and a sampler's first call, that is not at π/2.
+    """
+    x = randn(5, 1, 2, 2)
+    for t, want in ((1.0, -(WEIGHTS * MEANS).sum()), (0.0, 0.0)):
+        heads = mixture()(x, full(t, 5))
+        v = angular.velocity(*heads, full(t * HALF_PI, 5))
+        torch.testing.assert_close(v, torch.full_like(v, want), rtol=0, atol=1e-12)
+
+
+def test_angular_heun_and_rk4_leave_noise_at_the_end_and_midpoint_does_not():
+    """Fine detail has hardly any variance: for data at a point, a last stage at η = 0, where E[ε | x0] = 0, leaves h/2
+    (Heun) or h/6 (RK4) of the noise. Midpoint never asks there; a last step by midpoint or Euler is the remedy, at a
+    price. Figures of the README: N(0, .005²), 20 calls.
+    """
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    left = lambda steps, solver, s=1e-9, **o: abs(
+        angular.sample(mixture([1.0], [0.0], [s]), one, steps, solver, **o).item()
+    )
+    for N in (20, 40):
+        h = HALF_PI / N
+        assert abs(left(N, "heun") / (h / 2) - 1) < 0.1 and abs(left(N, "rk4") / (h / 6) - 1) < 0.1
+        for solver in ("heun", "rk4"):
+            for last in ("euler", "midpoint"):
+                assert left(N, solver, last=last) < left(N, solver) / 5, (N, solver, last)
+        assert left(N, "midpoint") < h**2 / 2
+    got = [left(n, s, 0.005) for n, s in ((10, "heun"), (5, "rk4"), (10, "midpoint"))]
+    np.testing.assert_allclose(got, [0.078, 0.054, 0.0005], atol=5e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_angular_steps_make_the_calls_that_are_printed(solver):
+    """1, 2, 2 and 4 network calls a step, at the angles of the rule, the first at η = π/2, N = 1 included; finite in
+    float32, no call at 0 but Heun's and RK4's last. Catches a count in stdout that is not the network's.
+    """
+    x1, per_step = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), {
+        "midpoint": 2,
+        "heun": 2,
+        "rk4": 4,
+    }
+    for steps in (1, 2, 3, 10):
+        for last in (None, "euler", "midpoint"):
+            calls, watched = [], []
+            watch = lambda t, x, x0: watched.append(t)
+            x0 = angular.sample(mixture(calls=calls), x1, steps, solver, last=last, watch=watch)
+            a_step = per_step.get(solver, 1)
+            total = (steps - 1) * a_step + {None: a_step, "euler": 1, "midpoint": 2}[last]
+            assert len(calls) == angular.calls(solver, steps, last) == total and calls[0] == 1
+            np.testing.assert_allclose(watched, [*calls, 0], atol=1e-7)
+            assert (min(calls) == 0) == (solver in ("heun", "rk4") and last is None)
+            assert x0.dtype == torch.float32 and torch.isfinite(x0).all()
+
+
+def test_angular_ancestral_sampling_draws_the_mixture():
+    """DDPM's sampler with exact means and 200 steps has the mixture's mean and spread, and its last step adds no noise.
+    Catches a variance that is β instead of the posterior's.
+    """
+    mean = (WEIGHTS * MEANS).sum()
+    spread = math.sqrt((WEIGHTS * (STDS**2 + MEANS**2)).sum() - mean**2)
+    g = torch.Generator().manual_seed(0)
+    x1 = torch.randn(8000, 1, 1, 1, generator=g, dtype=torch.float64)
+    x0 = angular.sample(mixture(), x1, 200, "ddpm", generator=g)
+    assert abs(x0.mean() - mean) < 0.05 and abs(x0.std() - spread) < 0.05
+    truth = rand(4, 3, 4, 4)
+    got = angular.sample(frozen(truth, truth), randn(4, 3, 4, 4), 5, "ddpm", "raw", generator=g)
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
+
+
+def test_angular_clipping_keeps_estimates_in_range():
+    """clip keeps what every solver makes of a wild network within the images' range, and changes nothing for the truth.
+    Catches a clip that the projection undoes at once.
+    """
+    x0, eps, _ = arc()
+    for solver in SOLVERS:
+        g = torch.Generator().manual_seed(0)
+        wild = lambda x, t: (50 * x0, eps)
+        clipped, loose = (
+            angular.sample(wild, eps, 30, solver, clip=clip, generator=g).abs().max() for clip in (True, False)
+        )
+        assert clipped < 1.3 and loose > 5, solver
+        g = [torch.Generator().manual_seed(0) for _ in range(2)]
+        truth = [angular.sample(frozen(x0, eps), eps, 5, solver, clip=c, generator=g[c]) for c in (True, False)]
+        assert torch.equal(*truth)
+
+
+def test_angular_sampling_is_deterministic_per_image():
+    """Image i is a function of (seed, i) alone, also for the stochastic sampler. Catches a shared generator."""
+    net = lambda x, t: (torch.tanh(x), x / 2)
+
+    def draw(numbers):
+        generators = data.image_generators(5, numbers)
+        return angular.sample(
+            net, data.randn(torch.empty(len(numbers), 3, 4, 4), generators), 4, "ddpm", generator=generators
+        )
+
+    together = draw([0, 1, 2, 3])
+    for i in range(4):
+        assert torch.equal(draw([i])[0], together[i])
+    assert not torch.equal(together[0], together[1])
+
+
 # ------------------------------------------------------------------------------------------------------------ unet
 
 
@@ -1880,6 +2347,191 @@ def test_blurring_and_ddm_refuse_each_others_runs(trained, capsys):
     """A run of ddm.py is no run of blurring.py: exit 1, one sentence. Catches weights that fit by accident."""
     _, _, err = run_main(capsys, "--sample", "--run", trained, status=1, script=blurring)
     assert "another script" in err and err.startswith("blurring: ") and err.count("\n") == 1
+
+
+ANGULAR_ROWS = [
+    ("--predict noise --schedule linear --solver ddim", "linear"),  # DDIM
+    ("--predict noise --solver ddim", "start 0.999"),  # + β*, + sin
+    ("--schedule linear --gamma 0 --solver ddim", "linear"),  # + both heads
+    ("--gamma 0 --solver ddim", "angular"),  # + sin + both heads, + β* + both heads
+    ("--solver euler", "solver euler"),  # ours
+    ("--norm plain --solver rk4", "network calls per image 12"),
+    ("--predict image --solver cold", "solver cold"),
+    ("--predict image --solver heun --last midpoint", "network calls per image 6"),
+    ("--solver ddim --heads raw", "heads raw"),
+    ("--solver ddpm --second conv", "solver ddpm"),
+]
+
+
+@pytest.mark.parametrize("flags,said", ANGULAR_ROWS)
+def test_angular_every_row_of_the_papers_tables_is_a_command(flags, said, empty, capsys):
+    """Table 2, Figure 4's baselines and every solver train and sample by flags alone, and stdout has the schedule and
+    the calls. Catches a combination that crashes, and a noise-only network at 1/cos = ∞.
+    """
+    common = ["--train", "--sample", "--n", 2, "--steps", 3, *TINY, "--iterations", 2]
+    _, out, _ = run_main(capsys, *common, *flags.split(), status=0, script=angular)
+    assert said in out and "steps 3" in out and "samples.png" in out
+
+
+def test_angular_wrong_flags_are_sentences(empty, capsys, monkeypatch):
+    """What can't go together is said before anything starts, exit 2. Catches a flag that is silently ignored."""
+
+    def never(*_):
+        raise AssertionError("the training began")
+
+    monkeypatch.setattr(data.Training, "__enter__", never)
+    for flags in (
+        "--predict image --solver heun",
+        "--predict image --solver rk4",
+        "--predict noise --gamma 2",
+        "--last midpoint",
+        "--solver midpoint --last euler",
+        "--solver euler --heads raw",
+        "--predict noise --heads raw",
+        "--schedule linear --steps 1001",
+        "--schedule jsd",
+        "--gamma -1",
+        "--solver rk5",
+        "--estimates euler rk5",
+        "--width 12",
+    ):
+        _, _, err = run_main(capsys, "--train", *flags.split(), status=2, script=angular)
+        assert "Traceback" not in err and err.strip(), flags
+    assert not (empty / "runs").exists()
+
+
+def test_angular_presets_are_ddims(empty, capsys):
+    """--preset paper has DDIM's three networks, of 35.7 M, 79 M and 114 M parameters with one
+    output. Catches another's network in the paper's name.
+    """
+    sizes = {"cifar10": (32, 35.7), "celeba": (64, 78.7), "lsun-church": (256, 113.7)}
+    for dataset, (size, millions) in sizes.items():
+        known = {**angular.DEFAULTS[dataset], **angular.PAPER[dataset]}
+        assert known["image_size"] == size
+        with torch.device("meta"):
+            net = unet.UNet(**angular.network_of({**known, "predict": "noise"}, 3))
+        assert abs(sum(p.numel() for p in net.parameters()) / 1e6 / millions - 1) < 0.01
+
+
+def curves_of(path):
+    """The CSV of a figure: {column: numbers}."""
+    header, *rows = csv.reader(path.read_text().splitlines())
+    return {name: np.array(column, float) for name, column in zip(header, zip(*rows))}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A stand-in for matplotlib, which the tests do without: the names of the curves that each picture shows."""
+    shown = []
+
+    class Axes:
+        def plot(self, x, y, label):
+            assert len(x) == len(y)
+            shown.append(label)
+            return [types.SimpleNamespace(get_color=lambda: "red")]
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    class Figure:
+        def __init__(self, **_):
+            pass
+
+        def subplots(self, rows, columns, squeeze):
+            return [[Axes() for _ in range(columns)]]
+
+        def savefig(self, buffer, **_):
+            buffer.write(b"picture")
+
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=Figure))
+    return shown
+
+
+def test_angular_figures_2_and_3(empty, capsys, monkeypatch):
+    """--schedules writes its curves' numbers with or without matplotlib, and says how to get it. Catches a CSV that
+    needs the picture, and numbers under another's name.
+    """
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    _, _, err = run_main(capsys, "--schedules", status=1, script=angular)
+    assert "pip install matplotlib" in err and err.count("\n") == 1
+    table = curves_of(empty / "angular-schedules.csv")
+    assert len(table) == 1 + 4 + 3 and all(len(column) == 1000 for column in table.values())
+    last = {name: column[-1] for name, column in table.items()}
+    assert last["β_t, angular"] == last["β_t, jsd"] == 1 and last["β_t, linear"] == 0.02
+    assert last["ᾱ_t, angular"] == 0 and abs(last["ᾱ_t, linear"] - 4.04e-5) < 1e-7
+    assert table["β_t, jsd as printed, 1/t"][0] == 1 and not list(empty.glob("*.png"))
+
+
+def test_angular_schedules_are_drawn(empty, capsys, drawn):
+    """With matplotlib both panels have their curves, in one picture. Catches a picture that is never saved."""
+    _, out, _ = run_main(capsys, "--schedules", status=0, script=angular)
+    assert drawn == ["angular", "linear", "jsd", "jsd as printed, 1/t", "angular", "linear", "jsd"]
+    assert "angular-schedules.png" in out and (empty / "angular-schedules.png").read_bytes() == b"picture"
+
+
+def test_angular_figure_4_compares_runs(empty, capsys, drawn):
+    """--errors measures x̂0 and ε̂ of several runs on the same images and noise. A new network answers 0 to all it is
+    asked: so the image-only's error is the images' own square, at every t, and the noise-only's about 1; the other
+    output's follows from Eq. 6 and 8. Catches swapped columns, and errors of x_t on another η.
+    """
+    fresh = [*TINY, "--iterations", 1, "--lr", 1e-9]
+    for predict in ("both", "noise", "image"):
+        flags = ["--train", *fresh, "--predict", predict, "--run", predict]
+        run_main(capsys, *flags, status=0, script=angular)
+    _, out, _ = run_main(capsys, "--errors", "both", "noise", "image", "--n", 40, status=0, script=angular)
+    assert "errors.png" in out and sorted(drawn) == sorted(2 * ["both (both)", "noise (noise)", "image (image)"])
+    table = curves_of(empty / "both" / "errors.csv")
+    t = table["t = η / (π/2)"]
+    of = lambda head, predict: table[f"squared error of {head}, {predict} ({predict})"]
+    x0, eps = of("x̂₀", "image")[0], of("ε̂", "noise")[0]
+    assert 0.3 < x0 < 0.9 and abs(eps - 1) < 0.1
+    for predict in ("both", "image"):
+        np.testing.assert_allclose(of("x̂₀", predict), x0, rtol=1e-3)
+    for predict in ("both", "noise"):
+        np.testing.assert_allclose(of("ε̂", predict), eps, rtol=1e-3)
+    tangent = np.tan(t * HALF_PI)  # of the other: x/cos - x0 = tan ε, and x/sin - ε = x0/tan
+    np.testing.assert_allclose(of("x̂₀", "noise"), eps * tangent**2, rtol=1e-2)
+    np.testing.assert_allclose(of("ε̂", "image"), x0 / tangent**2, rtol=1e-2)
+    assert (table["squared error of x̂₀, image (image), std"] > 0.01).all()
+    run_main(capsys, "--train", *fresh, "--image-size", 8, "--run", "small", status=0, script=angular)
+    _, _, err = run_main(capsys, "--errors", "both", "small", status=1, script=angular)
+    assert "same images" in err
+
+
+def test_angular_figure_9_shows_two_samplers_from_one_noise(empty, capsys, drawn):
+    """--estimates: both samplers start at the same noise, so that their first x̂0 are equal; the distance to the final
+    image ends at 0. Catches two noises, and a solver's flags that are not its own.
+    """
+    run_main(capsys, "--train", *TINY, "--iterations", 3, status=0, script=angular)
+    flags = ["--estimates", "euler", "ddpm", "heun", "--last", "midpoint", "--n", 4, "--steps", 10]
+    _, _, err = run_main(capsys, *flags, status=2, script=angular)
+    assert "--last" in err
+    flags = ["--estimates", "euler", "ddpm", "--n", 4, "--steps", 10]
+    _, out, _ = run_main(capsys, *flags, status=0, script=angular)
+    run = empty / "runs" / "angular-shapes"
+    assert "euler, then one by ddpm" in out and drawn == ["euler", "ddpm"]
+    table = curves_of(run / "estimates-distance.csv")
+    for solver in drawn:
+        distance = table[f"rms distance of x̂₀ from the final image, {solver}"]
+        assert distance[0] == 0 and distance[-1] > 0
+    pixels = np.asarray(Image.open(run / "estimates.png"), int)
+    rows = [pixels[14 + 2 + 66 * k : 14 + 66 * (k + 1)] for k in range(8)]
+    assert all((rows[k][:, 2:66] == rows[k + 1][:, 2:66]).all() for k in (0, 2, 4, 6))
+    assert any((rows[k] != rows[k + 1]).any() for k in (0, 2, 4, 6))
+
+
+def test_angular_linear_schedule_takes_as_long_as_figure_9_says():
+    """Figure 9's "150 steps" against "400 to 500" is the schedule's doing: the angle that the quarter circle reaches
+    in 150 of 1000 steps, DDPM's linear β reaches in 464. Catches a README that credits the network.
+    """
+    bar = np.exp(np.log1p(-np.linspace(1e-4, 0.02, 1000)).cumsum())
+    there = math.cos(0.85 * HALF_PI) ** 2
+    steps = 1000 - np.interp(-there, -bar, np.arange(1, 1001))
+    assert 460 < steps < 470
+    circle, linear = (np.array(angular.angles(1000, schedule)) for schedule in ("angular", "linear"))
+    assert abs(np.argmax(linear <= circle[150]) - steps) <= 1
 
 
 # ------------------------------------------------------------------------------ the scripts' promises, as processes
