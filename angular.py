@@ -19,9 +19,9 @@ Symbols, of the paper and of this code:
     η_t       eta         [B], a number  the angle, in [0, π/2]; the network is told t = η/(π/2), in [0, 1]
     x_t       x           [B, C, H, W]   cos η x₀ + sin η ε
     ẋ         velocity    [B, C, H, W]   dx/dη. The paper's is dx/dt = η' dx/dη, with η' = π/2T
-    R_θ, ε_θ  R, E        [B, C, H, W]   the network's x̂₀ and ε̂
+    R_θ, ε_θ  R, E        [B, C, H, W]   the network's x̂₀ and ε̂ (in the sampler, which has no others, x0 and eps)
               residual    [B, C, H, W]   cos η x̂₀ + sin η ε̂ - x: what two heads are wrong by together
-    Δ_t       h           a number       a step back, from eta to s = eta - h
+    Δ_t       h, s        numbers        a step back, from eta to s = eta - h
     t, T      i, T        whole numbers  of the schedules in discrete time, i = 0 ... T, T = 1000
     ᾱ_t, β_t  alpha_bar,  float64        cos²η_t, and 1 - ᾱ_t/ᾱ_{t-1}
               beta
@@ -42,11 +42,11 @@ Where this differs from the paper, and why:
 - DDIM with two heads, Eq. 6 as it stands (--heads raw), forgets x: it puts the heads' residual into the image anew at
   every step. By default the heads are projected first, and then it is a rotation, cos h x - sin h ẋ. The paper does
   not say which was its "DDIM + x̂₀, ε̂". Euler sees ẋ alone, and so always keeps x.
-- A noise-only network has x̂₀ = (x - sin η ε̂)/cos η, infinite at π/2. It starts at .999 of that, the last of 1000
-  angles, where 1/cos is still 637, and so its x̂₀ is clipped, unless --no-clip.
+- A noise-only network has x̂₀ = (x - sin η ε̂)/cos η, infinite at π/2. It starts at .999 of that, the last of DDPM's
+  times before it, where 1/cos is still 637, and so its x̂₀ is clipped, unless --no-clip.
 - γ, the number of iterations on CIFAR-10 and CelebA, and how one network has two outputs are not in the paper: 1,
-  DDPM's 800,000 and 500,000, and the shared U-Net's second decoder are ours. Everything else of --preset paper is
-  DDIM's, on which the paper builds.
+  DDPM's 800,000 and 500,000, and the shared U-Net's second decoder are our choice. The rest of --preset paper is
+  DDIM's, on which the paper builds, and the iterations on churches are the paper's.
 - Eq. 12 prints norms that are not squared; so does its Eq. 5, which in DDPM is squared. --norm plain is as printed.
 - Errors in print stand next to the lines they change: ᾱ's two ends (`alpha_bar`), the JSD schedule (`beta`), η' in the
   gradient loss (`velocity`).
@@ -57,7 +57,6 @@ Measured results: README.md, "Results".
 import argparse
 import functools
 import math
-import pathlib
 
 import numpy as np
 import torch
@@ -85,7 +84,7 @@ def alpha_bar(i, T=1000, schedule="angular"):
     if schedule == "jsd":
         return 1 - i.double() / T
     betas = beta(torch.arange(1, T + 1, device=i.device), T, "linear")
-    return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])[i]                                    # Eq. 4
+    return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])[i]
 
 
 def beta(i, T=1000, schedule="angular"):
@@ -122,7 +121,7 @@ def angles(steps, schedule="angular", start=1.0, T=1000):
 def diffuse(x0, eps, eta):
     """x at the angle eta on the arc from image to noise. x0, eps: [B, C, H, W]; eta: [B] in [0, π/2]."""
     eta = like_image(eta)
-    return eta.cos() * x0 + eta.sin() * eps                                                             # Eq. 9
+    return eta.cos() * x0 + eta.sin() * eps                                                             # Eq. 4, 9
 
 
 def velocity(x0, eps, eta):
@@ -173,13 +172,14 @@ def distance(error, norm="squared"):
 def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="squared"):
     """The loss per example [B]: on both heads and γ times on their velocity, or on the one head that `predict` names.
 
-    Squared, |e_R|² + |e_E|² = |r|² + |e_ẋ|² with the residual r: the third term is one half of the first two again.
+    The heads' squared errors are those of their residual and their velocity together, |e_R|² + |e_E|² = |r|² + |e_ẋ|²:
+    the third term counts one of these two parts once more.
     """
     R, E = model(diffuse(x0, eps, eta), eta / HALF_PI)
     if predict == "noise":
         return distance(E - eps, norm)                                                                  # Eq. 5
     if predict == "image":
-        return distance(R - x0, norm)                                                                   # Eq. 7
+        return distance(R - x0, norm)                                       # Eq. 7 (where its R has no t)
     error = velocity(R, E, eta) - velocity(x0, eps, eta)
     return distance(R - x0, norm) + distance(E - eps, norm) + gamma * distance(error, norm)             # Eq. 12
 
@@ -187,6 +187,7 @@ def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="squared"):
 # ------------------------------------------------------------------------------------------------------- 4 sampler
 
 SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "ddim2": 1, "cold": 1, "ddpm": 1}   # calls a step
+HEADS = ("ddim", "ddim2", "ddpm")                           # those that see more of two heads than their velocity
 
 
 def calls(solver, steps, last=None):
@@ -216,17 +217,22 @@ def sample(net, x1, steps, solver="euler", heads="project", clip=False, generato
 
     net(x, t) -> (x̂₀, ε̂), t = η/(π/2), is called SOLVERS[solver] times a step. solver: euler (the paper's), midpoint,
     heun, rk4; ddim, the arc of fixed x̂₀ and ε̂, and ddim2, which also extrapolates x̂₀ (second order from its second
-    step, up to a logarithm); cold, of x̂₀ alone; ddpm, stochastic. heads: project or raw, of ddim and ddim2. clip: keep
-    every x̂₀ in [-1, 1]. last: the last step's rule, if another. generator: of ddpm's noise, one or a list of B.
-    watch(t, x, x̂₀): called at every network call, and at t = 0. Raises ValueError.
+    step, up to a logarithm); cold, which makes ε̂ of x̂₀; ddpm, stochastic, of x̂₀ alone. heads: project them on x, or
+    raw. clip: keep every x̂₀ in [-1, 1], and make ε̂ of it. last: the last step's rule, if another. generator: ddpm's, one
+    or a list of B. watch(t, x, x̂₀): called at every network call, and at t = 0. Raises ValueError.
     """
     if solver not in SOLVERS or heads not in ("project", "raw") or last not in (None, "euler", "midpoint"):
         raise ValueError(f"there is no solver {solver} with heads {heads} and last step {last}")
 
     def look(x, eta):
-        x0, eps = net(x, x.new_full((len(x),), eta / HALF_PI))
+        eta_ = x.new_full((len(x),), eta)
+        x0, eps = net(x, eta_ / HALF_PI)
+        if heads == "project" and solver != "cold":
+            x0, eps = project(x, x0, eps, eta_)
         if clip:
             x0 = x0.clamp(-1, 1)
+        if eta and (clip or solver == "cold"):                          # the noise that x holds beside this image
+            eps = (x - math.cos(eta) * x0) / math.sin(eta)                                              # Eq. 8
         if watch:
             watch(eta / HALF_PI, x, x0)
         return x0, eps
@@ -252,12 +258,8 @@ def sample(net, x1, steps, solver="euler", heads="project", clip=False, generato
             x = x - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         else:
             x0, eps = look(x, eta)
-            if rule == "cold":
-                eps = (x - math.cos(eta) * x0) / math.sin(eta)                                          # Eq. 8
-            elif rule != "ddpm" and heads == "project":
-                x0, eps = project(x, x0, eps, x.new_full((len(x),), eta))
             if rule == "ddpm":
-                x = ancestral_step(x, x0, eta, s, data.randn(x, generator) if s else torch.zeros_like(x))
+                x = ancestral_step(x, x0, eta, s, data.randn(x, generator))
             else:
                 x = math.cos(s) * x0 + math.sin(s) * eps                                                # Eq. 6
             if rule == "ddim2" and eta_last:
@@ -300,12 +302,19 @@ def train(run, settings, checkpoint, args, processes):
             training.record(values, eta[mine] / HALF_PI, grad_norm, settings["lr"])
 
 
-def draw_angles(n, schedule, generator, T=1000):
-    """n training angles [B]: even in [0, π/2), or those of whole i = 1 ... T of another schedule."""
+@functools.lru_cache(maxsize=None)
+def all_angles(schedule, device, T=1000):
+    """A schedule's own T angles, without the 0, on the device."""
+    return torch.tensor(angles(T, schedule, 1.0, T)[:-1], device=device)
+
+
+def draw_angles(n, schedule, generator):
+    """n training angles [B]: even in [0, π/2), or of a schedule's own, each as often."""
     u = torch.rand(n, generator=generator, device=generator.device)
     if schedule == "angular":
         return HALF_PI * u
-    return torch.tensor(angles(T, schedule, 1.0, T)[:-1], device=u.device)[(u * T).long()]
+    table = all_angles(schedule, u.device)
+    return table[(u * len(table)).long()]
 
 
 def predictor_of(net, settings, args, processes):
@@ -320,12 +329,12 @@ def network_of(settings, channels):
             **{key: settings[key] for key in NETWORK}}
 
 
-def trained_model(run, settings, checkpoint, args, processes):
-    """(model, x): the predictor of a run's EMA weights, made fast, and zeros, as many images as it is called with."""
+def trained_model(run, settings, checkpoint, args, processes, n):
+    """(model, x): the predictor of a run's EMA weights, made fast, and zeros, as many of n images as it takes a call."""
     network = network_of(settings, checkpoint["network"].get("channels", 3))
     net = unet.create(network, processes.device)[1]
     data.restore(run, checkpoint, ema=net)
-    x = unet.batch_like(args.n, network, processes.device)
+    x = unet.batch_like(n, network, processes.device)
     return unet.fast(predictor_of(net, settings, args, processes), x, x.new_ones(len(x))), x
 
 
@@ -335,9 +344,9 @@ def solver_of(settings, args, solver=None):
     solver = solver or args.solver or "ddim2"
     for wrong, sentence in (
             (last and solver not in ("heun", "rk4"), f"--last is for --solver heun and rk4, not {solver}"),
-            (args.heads and not solver.startswith("ddim"), f"--heads is for --solver ddim and ddim2, not {solver}"),
-            (args.heads and predict != "both", "--heads is for two heads: one makes a pair that agrees with x"),
-            (args.gamma is not None and predict != "both", "--gamma is for two heads: --predict both"),
+            (args.heads and solver not in HEADS, f"--heads is for --solver {', '.join(HEADS)}, not {solver}"),
+            *((value is not None and predict != "both", f"{flag} is for two outputs: --predict both")
+              for flag, value in (("--heads", args.heads), ("--gamma", args.gamma), ("--second", args.second))),
             (predict == "image" and solver in ("heun", "rk4") and not last,
              f"{solver} ends at η = 0, where an image-only network can't name the noise: add --last midpoint")):
         if wrong:
@@ -352,12 +361,12 @@ def solver_of(settings, args, solver=None):
 def write_samples(run, settings, checkpoint, args, processes):
     """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
     steps, options = solver_of(settings, args)
-    model, x = trained_model(run, settings, checkpoint, args, processes)
+    model, x = trained_model(run, settings, checkpoint, args, processes, args.n)
 
     def draw(x1, generators, watch):
         return sample(model, x1, steps, generator=generators, watch=watch, **options)
 
-    shown = {"steps": steps, **options, "heads": options["heads"] if options["solver"].startswith("ddim") else None}
+    shown = {"steps": steps, **options, "heads": options["heads"] if options["solver"] in HEADS else None}
     network_calls = calls(options["solver"], steps, options["last"])
     data.draw_samples(draw, x, run, checkpoint, args, network_calls, shown, processes)
 
@@ -371,45 +380,49 @@ def write_schedules(T=1000):
 
 
 @torch.no_grad()
-def write_errors(found, args, processes):
+def write_errors(runs, args, processes):
     """Figure 4: squared errors of x̂₀ and ε̂ against t, their mean and spread over --n training images, as errors.csv
-    and .png of the first run. found: [(run, settings, checkpoint)]; all are shown the same images and noise.
+    and .png of the first run; of two heads also when projected. runs: [(directory, settings, checkpoint)], shown the
+    same images and noise.
     """
-    (first, base, _), ts = found[0], [(k + 0.5) / 25 for k in range(25)]
-    panels = {"squared error of x̂₀": {}, "squared error of ε̂": {}}
-    for run, settings, checkpoint in found:
-        if any(settings[key] != base[key] for key in ("dataset", "image_size")):
-            raise data.Problem(f"{run} and {first} were not trained on the same images")
-        images = data.load(base["dataset"], base["data_dir"], base["image_size"], processes)
-        model, x = trained_model(run, settings, checkpoint, args, processes)
-        generators = data.image_generators(args.seed or 0, range(args.n))
-        index = torch.stack([torch.randint(len(images), (), generator=g) for g in generators])
-        x0 = data.to_float(images[index.to(images.device)]).to(x)
-        eps, errors = data.randn(x0, generators), torch.empty(2, len(ts), args.n)
+    (first, base, _), ts = runs[0], [(k + 0.5) / 25 for k in range(25)]
+    generators = data.image_generators(base["seed"] if args.seed is None else args.seed, range(args.n))
+    images = data.load(base["dataset"], base["data_dir"], base["image_size"], processes)
+    index = torch.stack([torch.randint(len(images), (), generator=g) for g in generators])
+    x0 = data.to_float(images[index.to(images.device)]).to(processes.device)
+    eps, panels = data.randn(x0, generators), {"squared error of x̂₀": {}, "squared error of ε̂": {}}
+    for run, settings, checkpoint in runs:
+        model, x = trained_model(run, settings, checkpoint, args, processes, args.n)
+        name = f"{settings['predict']} ({run})"
+        names = [name, f"{name} projected"] if settings["predict"] == "both" else [name]
+        errors = torch.empty(len(names), 2, len(ts), args.n)
         for k, t in enumerate(ts):
             for part in torch.arange(args.n).split(len(x)):
                 eta = x.new_full((len(part),), HALF_PI * t)
-                R, E = model(diffuse(x0[part], eps[part], eta), eta / HALF_PI)
-                errors[0, k, part] = distance(R - x0[part]).cpu()
-                errors[1, k, part] = distance(E - eps[part]).cpu()
-        for named, error in zip(panels.values(), errors):
-            named[f"{settings['predict']} ({run.name})"] = error.mean(1).tolist(), error.std(1).tolist()
+                xt = diffuse(x0[part], eps[part], eta)
+                heads = model(xt, eta / HALF_PI)
+                for error, pair in zip(errors, (heads, project(xt, *heads, eta))):
+                    error[0, k, part] = distance(pair[0] - x0[part]).cpu()
+                    error[1, k, part] = distance(pair[1] - eps[part]).cpu()
+        for name, both in zip(names, errors):
+            for named, error in zip(panels.values(), both):
+                named[name] = error.mean(1).tolist(), error.std(1, correction=0).tolist()
     data.curves(first / "errors", ("t = η / (π/2)", ts), panels, log=tuple(panels))
 
 
 def write_estimates(run, settings, checkpoint, args, processes):
     """Figure 9: x̂₀ on the way from the same noises by each solver of --estimates, as estimates.png, and how far it is
-    from the final image, as estimates-distance.csv and .png.
+    from the final image, over up to 16 images, as estimates-distance.csv and .png.
     """
-    model, x = trained_model(run, settings, checkpoint, args, processes)
-    seed = checkpoint["method"]["seed"] if args.seed is None else args.seed
-    ts, rows, distances = np.linspace(0, 1, 11), [], {}
+    model, x = trained_model(run, settings, checkpoint, args, processes, min(args.n, 16))
+    rows, distances = [], {}
     for solver in args.estimates:
         steps, options = solver_of(settings, args, solver)
-        generators, frames = data.image_generators(seed, range(len(x))), []
-        x0 = sample(model, data.randn(x, generators), steps, generator=generators,
-                    watch=lambda t, _, x0: frames.append((t, x0)), **options)
-        away = [distance(x0_hat - x0).mean().sqrt().item() for _, x0_hat in frames]
+        ts, frames = np.linspace(0, 1, min(steps, 10) + 1), []
+        generators = data.image_generators(settings["seed"] if args.seed is None else args.seed, range(len(x)))
+        sample(model, data.randn(x, generators), steps, generator=generators,
+               watch=lambda t, _, x0: frames.append((t, x0.cpu())), **options)
+        away = [distance(x0 - frames[-1][1]).mean().sqrt().item() for _, x0 in frames]
         distances[solver] = np.interp(ts, [t for t, _ in frames][::-1], away[::-1])
         rows.append([min(frames, key=lambda frame: abs(frame[0] - t))[1][:4] for t in ts[::-1]])
     images = [frame[i] for i in range(len(rows[0][0])) for row in rows for frame in row]
@@ -437,20 +450,20 @@ def arguments(argv=None):
     """Parse the command line; a flag that was not given is None (or False, if it is a switch)."""
     parser, group = data.parser("angular", __doc__, DEFAULTS, PAPER)
     add = group["what to do"].add_argument
-    add("--schedules", action="store_true", help="draw Figures 2 and 3 here (these three flags need matplotlib)")
-    add("--errors", nargs="*", metavar="RUN", help="draw Figure 4, errors against t, of these runs, in the first")
+    add("--schedules", action="store_true", help="draw Figures 2 and 3 here (pictures of curves need matplotlib)")
+    add("--errors", nargs="+", metavar="RUN", help="draw Figure 4, errors against t, of these runs, into the first")
     add("--estimates", nargs="+", choices=SOLVERS, metavar="SOLVER", help="draw Figure 9: x̂₀ from one noise, by each")
     add = group["method"].add_argument
     add("--predict", choices=("both", "noise", "image"), help="what the network is asked for")
     add("--schedule", choices=("angular", "linear"), help="of the angle: even, or DDPM's linear β")
-    add("--gamma", type=data.number(float, 0), help="weight of the velocity's loss, 0 or more, for two heads")
+    add("--gamma", type=data.number(float, 0, 1000), help="weight of the velocity's loss, 0 to 1000, for two outputs")
     add("--norm", choices=("squared", "plain"), help="of the errors: squared, or not, as printed")
     add("--second", choices=("decoder", "conv"), help="what makes the second output: a decoder, or two convolutions")
     add = group["sampling"].add_argument
     add("--solver", choices=SOLVERS, help="euler (the paper's), midpoint, heun, rk4: 1, 2, 2 and 4 network calls a "
         "step; 1: the rotation (ddim) and its second order (ddim2, default), cold diffusion's rule, ddpm's")
     add("--last", choices=("euler", "midpoint"), help="the last step of heun and rk4, which otherwise leave noise")
-    add("--heads", choices=("project", "raw"), help="of ddim and ddim2: made to agree with x (default), or as they are")
+    add("--heads", choices=("project", "raw"), help="of ddim, ddim2, ddpm: made to agree with x (default), or as is")
     add("--clip", action=argparse.BooleanOptionalAction,
         help="keep every estimate x̂₀ in [-1, 1] (default: where the network names the noise alone)")
     return parser.parse_args(argv)
@@ -460,34 +473,36 @@ def arguments(argv=None):
 def main(argv=None):
     """The command line. Raises SystemExit: 1 or 2 with a sentence on stderr, 130 or 143 when stopped by a signal."""
     args = arguments(argv)
-    figures = args.errors is not None or bool(args.estimates)
+    figure = [args.schedules, bool(args.errors), bool(args.estimates)]
+    if sum(figure) + (args.train or args.sample) != 1:
+        raise data.Problem("say --train, --sample, or both, or else one of --schedules, --errors and --estimates", 2)
+    if any(figure) and (args.out or args.solver):
+        raise data.Problem("--out and --solver are for --sample", 2)
     if args.schedules:
-        write_schedules()
-        if not (args.train or args.sample or figures):
-            return
+        return write_schedules()
 
     def opened(run):
-        asked = argparse.Namespace(**{**vars(args), "run": run, "sample": args.sample or figures})
+        asked = argparse.Namespace(**{**vars(args), "run": run, "sample": not args.train})
         return data.open_run("angular", asked, DEFAULTS, PAPER, NETWORK)
 
-    run, settings, checkpoint = opened(args.run or (args.errors or [None])[0])
+    runs = [opened(run) for run in args.errors or [args.run]]
+    run, settings, checkpoint = runs[0]
     with data.bad_arguments():                              # what can't go together is said before anything is started
         for solver in args.estimates or [None]:
             solver_of(settings, args, solver)
+        seen = [(s["dataset"], s["data_dir"], s["image_size"], c and c["network"].get("channels")) for _, s, c in runs]
+        if len({*seen}) > 1 or len({run.resolve() for run, _, _ in runs}) < len(runs):
+            raise ValueError("--errors compares different runs, trained on the same images")
         with torch.device("meta"):
             unet.UNet(**network_of(settings, 3))
     processes = data.start(args.device)
     if args.train:
         train(run, settings, checkpoint, args, processes)
-    if args.sample or figures:
-        checkpoint = data.load_checkpoint(run / "checkpoint.pt")
     if args.sample:
-        write_samples(run, settings, checkpoint, args, processes)
-    if args.errors is not None and processes.rank == 0:
-        others = [other for other in args.errors if pathlib.Path(other) != run]
-        write_errors([(run, settings, checkpoint), *map(opened, others)], args, processes)
-    if args.estimates and processes.rank == 0:
-        write_estimates(run, settings, checkpoint, args, processes)
+        write_samples(run, settings, data.load_checkpoint(run / "checkpoint.pt"), args, processes)
+    if any(figure) and processes.rank == 0:                 # one process's work
+        alone = processes._replace(world=1)
+        write_errors(runs, args, alone) if args.errors else write_estimates(*runs[0], args, alone)
 
 
 if __name__ == "__main__":
