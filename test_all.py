@@ -1221,7 +1221,9 @@ def test_angular_losses_add_up_on_the_circle():
     """
     x0, eps, eta = arc()
     R, E = randn(7, 2, 3, 4, seed=5), randn(7, 2, 3, 4, seed=6)
-    got = [angular.loss(lambda x, t: (R, E), x0, eps, eta, gamma=g) for g in (0.0, 1.0, 3.0)]
+    told = []
+    got = [angular.loss(lambda x, t: told.append(t) or (R, E), x0, eps, eta, gamma=g) for g in (0.0, 1.0, 3.0)]
+    torch.testing.assert_close(told[0], eta / HALF_PI)
     r = angular.diffuse(R, E, eta) - angular.diffuse(x0, eps, eta)
     of_residual = (r**2).mean((1, 2, 3))
     of_velocity = got[1] - got[0]
@@ -2379,12 +2381,9 @@ def test_blurring_and_ddm_refuse_each_others_runs(trained, capsys):
     assert "another script" in err and err.startswith("blurring: ") and err.count("\n") == 1
 
 
-ANGULAR_ROWS = [
-    ("--predict noise --schedule linear --solver ddim", "linear"),  # DDIM
-    ("--predict noise --solver ddim", "clip on, start 0.999"),  # + β*, + sin
-    ("--schedule linear --gamma 0 --solver ddim", "linear"),  # + both heads
-    ("--gamma 0 --solver ddim", "angular"),  # + sin + both heads, + β* + both heads
-    ("--solver euler", "solver euler"),  # ours
+ANGULAR_FLAGS = [
+    ("--predict noise --schedule linear", "schedule linear, clip on"),
+    ("--predict noise --solver ddpm", "clip on, start 0.999"),
     ("--norm plain --solver rk4", "network calls per image 12"),
     ("--predict image --solver cold", "solver cold"),
     ("--predict image --solver heun --last midpoint", "network calls per image 6"),
@@ -2393,10 +2392,10 @@ ANGULAR_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("flags,said", ANGULAR_ROWS)
-def test_angular_every_row_of_the_papers_tables_is_a_command(flags, said, empty, capsys):
-    """Table 2, Figure 4's baselines and every solver train and sample by flags alone, and stdout has the schedule and
-    the calls. Catches a combination that crashes, and a noise-only network at 1/cos = ∞.
+@pytest.mark.parametrize("flags,said", ANGULAR_FLAGS)
+def test_angular_baselines_and_solvers_are_commands(flags, said, empty, capsys):
+    """Figure 4's baselines and all kinds of solver train and sample by flags alone, and stdout has the schedule and the
+    calls. Catches a combination that crashes, and a noise-only network at 1/cos = ∞.
     """
     common = ["--train", "--sample", "--n", 2, "--steps", 3, *TINY, "--iterations", 2]
     _, out, _ = run_main(capsys, *common, *flags.split(), status=0, script=angular)
@@ -2680,15 +2679,36 @@ def test_readme_lines_of_python_sample_from_a_checkpoint(trained):
     assert len(block.splitlines()) <= 6 and names["x0"].shape == (16, 3, 16, 16) and torch.isfinite(names["x0"]).all()
 
 
+def test_readme_rows_of_table_2_are_commands(empty, capsys):
+    """Each row of the README's Table 2 trains and samples by the flags it names, Eq. 6's pair as it stands but for "Ours".
+    Catches a row that crashes, or that clips or projects in silence.
+    """
+    text = (HERE / "README.md").read_text().split("| Table 2 | training | sampling |\n|-|-|-|\n")[1].split("\n\n")[0]
+    rows = [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert [name for name, _, _ in rows][0] == "DDIM" and rows[-1][:2] == ["Ours", "(the defaults)"] and len(rows) == 5
+    for i, (name, training, sampling) in enumerate(rows):
+        flags = ["--run", f"r{i}", *(training.split() if "--" in training else [])]
+        run_main(capsys, "--train", *flags, *TINY, "--iterations", 1, status=0, script=angular)
+        _, out, _ = run_main(
+            capsys, "--sample", "--run", f"r{i}", *sampling.split(), "--n", 2, status=0, script=angular
+        )
+        two_heads, saved = "x̂₀, ε̂" in name, weights(f"r{i}")["method"]
+        assert (
+            "clip on" not in out and ("heads raw" in out) == two_heads and ("solver ddim," in out) == (name != "Ours")
+        )
+        assert (saved["predict"] == "both") == (two_heads or name == "Ours") and (saved["gamma"] == 0) == two_heads
+        assert (saved["schedule"] == "linear") == (name in ("DDIM", "DDIM + x̂₀, ε̂"))
+
+
 def test_map_is_true():
     """Every row's function and test exist, no number is missing, and every `Eq. n` tag of the scripts is in the map."""
-    algorithms = {"Algorithm 1", "Algorithm 2"}
-    papers = {"DDM": (28, ddm), "Blurring": (30, blurring)}
+    papers = {"DDM": (28, 2, ddm), "Blurring": (30, 2, blurring), "Angular": (13, 0, angular)}
     lines = (HERE / "README.md").read_text().splitlines()
-    for paper, (last, script) in papers.items():
+    for paper, (last, algorithms, script) in papers.items():
         rows = [line.split("|")[1:-1] for line in lines if line.startswith(f"| {paper}")]
         numbers = [cells[1].strip() for cells in rows]
-        assert sorted(numbers) == sorted({f"Eq. {n}" for n in range(1, last + 1)} | algorithms)
+        wanted = {f"Eq. {n}" for n in range(1, last + 1)} | {f"Algorithm {n}" for n in range(1, algorithms + 1)}
+        assert sorted(numbers) == sorted(wanted)
         for _, number, _, where, proofs in rows:
             places, proofs = re.findall(r"`(\w+)\.(\w+)`", where), re.findall(r"`(\w+)`", proofs)
             assert places or "not code: " in where, number
