@@ -2382,6 +2382,7 @@ def test_blurring_and_ddm_refuse_each_others_runs(trained, capsys):
 
 
 ANGULAR_FLAGS = [
+    ("", "network calls per image 3, steps 3, solver ddim2, heads project, schedule angular, start 1.0"),
     ("--predict noise --schedule linear", "schedule linear, clip on"),
     ("--predict noise --solver ddpm", "clip on, start 0.999"),
     ("--norm plain --solver rk4", "network calls per image 12"),
@@ -2436,6 +2437,9 @@ def test_angular_figures_refuse_what_they_would_ignore(empty, capsys):
     is done. Catches a traceback, and a flag that is silently ignored.
     """
     run_main(capsys, "--train", *TINY, "--iterations", 1, status=0, script=angular)
+    run_main(
+        capsys, "--train", "--run", "image", "--predict", "image", *TINY, "--iterations", 1, status=0, script=angular
+    )
     for flags, status in (
         ("--estimates euler rk5", 2),
         ("--estimates euler heun --last midpoint", 2),
@@ -2446,12 +2450,13 @@ def test_angular_figures_refuse_what_they_would_ignore(empty, capsys):
         ("--schedules --out q", 2),
         ("--errors", 2),
         ("--errors nowhere", 1),
+        ("--run image --estimates euler heun", 2),
         ("--errors runs/angular-shapes nowhere", 1),
         ("", 2),
     ):
         _, _, err = run_main(capsys, *flags.split(), status=status, script=angular)
         assert "Traceback" not in err and err.strip(), flags
-    assert sorted(path.name for path in empty.rglob("*.*")) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(path.name for path in empty.rglob("*.*")) == 2 * ["checkpoint.pt"] + 2 * ["log.jsonl"]
 
 
 def test_angular_presets_are_ddims(empty, capsys):
@@ -2549,10 +2554,15 @@ def test_angular_figure_4_compares_runs(empty, capsys, drawn):
     tangent = np.tan(t * HALF_PI)  # of the other: x/cos - x0 = tan ε, and x/sin - ε = x0/tan
     np.testing.assert_allclose(of("x̂₀", "noise"), eps * tangent**2, rtol=1e-2)
     np.testing.assert_allclose(of("ε̂", "image"), x0 / tangent**2, rtol=1e-2)
-    assert (table["squared error of x̂₀, image (image), std"] > 0.01).all()
+    spread = table["squared error of x̂₀, image (image), std"]
+    assert (spread > 0.01).all() and (spread < x0 / 2).all()
     projected = table["squared error of x̂₀, both (both) projected"]  # cos x - x0 = sin (cos ε - sin x0)
     c, s = np.cos(t * HALF_PI), np.sin(t * HALF_PI)
     np.testing.assert_allclose(projected, s**2 * (c**2 * eps + s**2 * x0), rtol=0.1)
+    for seed in (0, 1):  # the run's own seed is 0
+        run_main(capsys, "--errors", "both", "--n", 40, "--seed", seed, status=0, script=angular)
+        again = curves_of(empty / "both" / "errors.csv")["squared error of x̂₀, both (both)"]
+        assert (again == of("x̂₀", "both")).all() == (seed == 0)
     run_main(capsys, "--train", *fresh, "--image-size", 8, "--run", "small", status=0, script=angular)
     for runs in (["both", "small"], ["both", empty / "both"]):
         _, _, err = run_main(capsys, "--errors", *runs, status=2, script=angular)
@@ -2576,6 +2586,12 @@ def test_angular_figure_9_shows_two_samplers_from_one_noise(empty, capsys, drawn
     rows = [pixels[14 + 2 + 66 * k : 14 + 66 * (k + 1)] for k in range(8)]
     assert all((rows[k][:, 2:66] == rows[k + 1][:, 2:66]).all() for k in (0, 2, 4, 6))
     assert any((rows[k] != rows[k + 1]).any() for k in (0, 2, 4, 6))
+    assert rows[0][:, 2:66].std() < 30  # of x̂0 at t = 1, not of the noise
+    before = table["rms distance of x̂₀ from the final image, euler"]
+    for seed in (0, 1):
+        run_main(capsys, *flags, "--seed", seed, status=0, script=angular)
+        again = curves_of(run / "estimates-distance.csv")["rms distance of x̂₀ from the final image, euler"]
+        assert (again == before).all() == (seed == 0)
 
 
 def test_angular_linear_schedule_takes_as_long_as_figure_9_says():
