@@ -18,11 +18,11 @@ Symbols, of the paper and of this code:
     ε         eps         [B, C, H, W]   the noise, N(0, I)
     η_t       eta         [B], a number  the angle, in [0, π/2]; the network is told t = η/(π/2), in [0, 1]
     x_t       x           [B, C, H, W]   cos η x₀ + sin η ε
-    ẋ         velocity    [B, C, H, W]   dx/dη. The paper's is dx/dt = η' dx/dη, with η' = π/2T
+    ẋ         velocity    [B, C, H, W]   dx/dη. The paper's is dx/dt = η' dx/dη, with η' = π/(2T)
     R_θ, ε_θ  R, E        [B, C, H, W]   the network's x̂₀ and ε̂ (in the sampler, which has no others, x0 and eps)
-              residual    [B, C, H, W]   cos η x̂₀ + sin η ε̂ - x: what two heads are wrong by together
+              residual    [B, C, H, W]   cos η x̂₀ + sin η ε̂ - x: 0 where two heads agree with x
     Δ_t       h, s        numbers        a step back, from eta to s = eta - h
-    t, T      i, T        whole numbers  of the schedules in discrete time, i = 0 ... T, T = 1000
+    t, T      i, T        whole numbers  the paper's times, i = 0 ... T, T = 1000: here of the schedules only
     ᾱ_t, β_t  alpha_bar,  float64        cos²η_t, and 1 - ᾱ_t/ᾱ_{t-1}
               beta
     γ         gamma       a number       the weight of the velocity's loss
@@ -34,20 +34,20 @@ Where this differs from the paper, and why:
 
 - η is continuous, in training and in sampling: midpoint and RK4 ask in the middle of a step. T is for the figures, and
   for --schedule linear, DDPM's, on which the paper's baselines live.
-- The default solver, ddim2, is not in the paper: DDIM's rotation to second order by one call a step, from the x̂₀ of
-  the step before. At 10 calls it beat Euler and the Runge-Kutta rules by far (README, "Results"). --solver euler is
-  the paper's own.
+- The command line's default solver, ddim2, is not in the paper: DDIM's rotation to second order by one call a step,
+  from the x̂₀ of the step before. On trained networks it was the best at 5 to 20 calls (README, "Results"). --solver
+  euler is the paper's Eq. 13; which rule its tables used, it does not say.
 - Heun's and RK4's last stage lies at η = 0, where E[ε | x₀] = 0 says nothing of the noise still in x: they leave h/2
   and h/6 of it in all fine detail. --last midpoint mends that; midpoint itself never asks there.
 - DDIM with two heads, Eq. 6 as it stands (--heads raw), forgets x: it puts the heads' residual into the image anew at
   every step. By default the heads are projected first, and then it is a rotation, cos h x - sin h ẋ. The paper does
   not say which was its "DDIM + x̂₀, ε̂". Euler sees ẋ alone, and so always keeps x.
-- A noise-only network has x̂₀ = (x - sin η ε̂)/cos η, infinite at π/2. It starts at .999 of that, the last of DDPM's
-  times before it, where 1/cos is still 637, and so its x̂₀ is clipped, unless --no-clip.
+- A noise-only network has x̂₀ = (x - sin η ε̂)/cos η, infinite at π/2. It starts at .999 of π/2, the last of 1000 times
+  before it, where 1/cos is still 637, and so its x̂₀ is clipped, unless --no-clip.
 - γ, the number of iterations on CIFAR-10 and CelebA, and how one network has two outputs are not in the paper: 1,
-  DDPM's 800,000 and 500,000, and the shared U-Net's second decoder are our choice. The rest of --preset paper is
+  800,000 (DDPM's) and 500,000, and the shared U-Net's second decoder are our choice. The rest of --preset paper is
   DDIM's, on which the paper builds, and the iterations on churches are the paper's.
-- Eq. 12 prints norms that are not squared; so does its Eq. 5, which in DDPM is squared. --norm plain is as printed.
+- Eq. 5, 7 and 12 print norms that are not squared; in DDPM, Eq. 5 is. --norm plain is as printed, up to a constant.
 - Errors in print stand next to the lines they change: ᾱ's two ends (`alpha_bar`), the JSD schedule (`beta`), η' in the
   gradient loss (`velocity`).
 
@@ -66,7 +66,7 @@ import unet
 
 # ------------------------------------------------------------------------------------------------------ 1 schedule
 
-HALF_PI = math.pi / 2
+HALF_PI, SCHEDULES = math.pi / 2, ("angular", "linear", "jsd")
 
 
 def like_image(t):
@@ -77,7 +77,7 @@ def like_image(t):
 def alpha_bar(i, T=1000, schedule="angular"):
     """ᾱ_i = cos²η_i in float64. i: whole-number tensor, 0 ... T. schedule: angular, linear (DDPM's) or jsd.
 
-    The paper's text (Sec. 3.1) has ᾱ = 0 at t = 0, where dx/dᾱ is +∞: it is 1 there, and that is where -ε makes it -∞.
+    (Sec. 3.1 swaps the ends. ᾱ is 1 at t = 0, where dx/dᾱ is infinite by -ε, and 0 at t = T, where it is by +x₀.)
     """
     if schedule == "angular":
         return torch.sin(HALF_PI * (T - i.double()) / T) ** 2               # cos²η, and exactly 0 at i = T
@@ -90,8 +90,9 @@ def alpha_bar(i, T=1000, schedule="angular"):
 def beta(i, T=1000, schedule="angular"):
     """β_i = 1 - ᾱ_i/ᾱ_{i-1} in float64. i: whole-number tensor, 1 ... T.
 
-    angular: 1 - cos²η_i/cos²η_{i-1} by the sine of a difference, which keeps its digits at i = 1; β_T = 1. jsd: the
-    paper prints 1/t, which would leave nothing of the image at t = 1; 1/(T - t + 1) makes ᾱ fall evenly.
+    angular: 1 - cos²η_i/cos²η_{i-1} by the sine of a difference, which keeps its digits at i = 1; β_T = 1. jsd, of
+    Sohl-Dickstein et al. (2015): the paper prints 1/t, which would leave nothing of the image at t = 1; 1/(T - t + 1)
+    makes ᾱ fall evenly.
     """
     i = i.double()
     if schedule == "angular":
@@ -105,8 +106,10 @@ def beta(i, T=1000, schedule="angular"):
 @functools.lru_cache(maxsize=None)
 def angles(steps, schedule="angular", start=1.0, T=1000):
     """The sampler's angles, `steps` and a last 0: even in t from `start` in (0, 1], or, of another schedule, at even
-    whole i = t T. Raises ValueError where there are not so many.
+    whole i = t T. Raises ValueError for unknown schedules, a start or steps out of range, and more steps than i has.
     """
+    if schedule not in SCHEDULES or not 0 < start <= 1 or steps < 1:
+        raise ValueError(f"there are no {steps} angles of the schedule {schedule} from {start}")
     if schedule == "angular":
         return (*(HALF_PI * start * (1 - k / steps) for k in range(steps)), 0.0)
     if steps > T:
@@ -127,7 +130,7 @@ def diffuse(x0, eps, eta):
 def velocity(x0, eps, eta):
     """dx/dη, v-prediction's target: ε at η = 0, -x₀ at π/2.
 
-    In η, and not in the paper's t, where it is η' = π/2T times this: with T = 1000 the squared loss on it would weigh
+    In η, and not in the paper's t, where it is η' = π/(2T) times this: with T = 1000 the squared loss on it would weigh
     2.5e-6. (Nor may a step be multiplied by both h and η': Eq. 10's dot has η' in it already.)
     """
     eta = like_image(eta)
@@ -145,7 +148,8 @@ def project(x, x0, eps, eta):
 def predictor(net, predict="both", bf16=False):
     """The one place where the network's outputs get their meaning: returns model(x, t) -> (x̂₀, ε̂), t = η/(π/2).
 
-    predict: both, or one, image or noise, from which the other follows: not at η = 0 for image, nor at π/2 for noise.
+    predict: both, or one, image or noise, from which the other follows; but not at η = 0 for image, nor at π/2 for
+    noise, below which `sample` must then start (start=0.999).
     """
     def model(x, t):
         eta = HALF_PI * like_image(t)
@@ -187,7 +191,7 @@ def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="squared"):
 # ------------------------------------------------------------------------------------------------------- 4 sampler
 
 SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "ddim2": 1, "cold": 1, "ddpm": 1}   # calls a step
-HEADS = ("ddim", "ddim2", "ddpm")                           # those that see more of two heads than their velocity
+HEADS = ("ddim", "ddim2", "ddpm")       # to these it matters whether two heads are projected; to a velocity it does not
 
 
 def calls(solver, steps, last=None):
@@ -198,15 +202,17 @@ def calls(solver, steps, last=None):
 def ancestral_step(x, x0, eta, s, z):
     """A draw of DDPM's posterior q(x_s | x, x₀) from the angle eta to s < eta. z ~ N(0, I), as x.
 
-    As DDPM writes it from ε̂ it divides by √α_T = 0 at π/2, where β_T = 1; from x̂₀ there is only cos s below the line.
+    As DDPM writes it from ε̂ it divides by √α_T = 0 at π/2, where β_T = 1; from x̂₀, by cos s and sin η, never 0.
     """
     beta_cos2 = math.sin(eta + s) * math.sin(eta - s)                   # β cos² s = cos² s - cos² η
-    mean = (math.cos(eta) * math.sin(s) ** 2 * x + beta_cos2 * x0) / (math.cos(s) * math.sin(eta) ** 2)     # Eq. 1, 3
+    mean = (math.cos(eta) * math.sin(s) ** 2 * x + beta_cos2 * x0) / (math.cos(s) * math.sin(eta) ** 2)     # Eq. 3
     return mean + math.sin(s) * math.sqrt(beta_cos2) / (math.cos(s) * math.sin(eta)) * z
 
 
 def second_order(eta, s):
-    """What a slope dx̂₀/dη = 1 adds to DDIM's step: sin s ∫(e - η) d(cot e), by the ODE, d(x/sin η) = x̂₀ d(cot η)."""
+    """What a slope dx̂₀/dη = 1 adds to DDIM's step from eta to s: sin s ∫ (e - η) d(cot e) over the angles e between,
+    as the ODE is d(x/sin η) = x̂₀ d(cot η); by parts.
+    """
     return (s - eta) * math.cos(s) - (math.sin(s) * math.log(math.sin(s) / math.sin(eta)) if s else 0.0)
 
 
@@ -216,10 +222,11 @@ def sample(net, x1, steps, solver="euler", heads="project", clip=False, generato
     """From noise to images in `steps` steps, at the schedule's angles. x1: [B, C, H, W] ~ N(0, I), at `start` of π/2.
 
     net(x, t) -> (x̂₀, ε̂), t = η/(π/2), is called SOLVERS[solver] times a step. solver: euler (the paper's), midpoint,
-    heun, rk4; ddim, the arc of fixed x̂₀ and ε̂, and ddim2, which also extrapolates x̂₀ (second order from its second
-    step, up to a logarithm); cold, which makes ε̂ of x̂₀; ddpm, stochastic, of x̂₀ alone. heads: project them on x, or
-    raw. clip: keep every x̂₀ in [-1, 1], and make ε̂ of it. last: the last step's rule, if another. generator: ddpm's, one
-    or a list of B. watch(t, x, x̂₀): called at every network call, and at t = 0. Raises ValueError.
+    heun, rk4; ddim, the arc of fixed x̂₀ and ε̂, and ddim2, which from its second step extrapolates x̂₀ (error
+    h² log 1/h); cold, which makes ε̂ of x̂₀; ddpm, stochastic, of x̂₀ alone. heads: project them on x, or take
+    them raw. clip: keep every x̂₀ in [-1, 1], and make ε̂ of it. last: euler or midpoint, for the last step alone.
+    generator: ddpm's, one or a list of B. watch(t, x, x̂₀): called at every network call, and at last with t = 0 and
+    the image. Raises ValueError.
     """
     if solver not in SOLVERS or heads not in ("project", "raw") or last not in (None, "euler", "midpoint"):
         raise ValueError(f"there is no solver {solver} with heads {heads} and last step {last}")
@@ -273,7 +280,7 @@ def sample(net, x1, steps, solver="euler", heads="project", clip=False, generato
 # ------------------------------------------------------------------------------------------------------ 5 training
 
 def train(run, settings, checkpoint, args, processes):
-    """Train, or go on, in the run directory until step settings["iterations"]. Source: Eq. 12."""
+    """Train, or go on, in the run directory until step settings["iterations"]. Source: Eq. 5, 7, 12."""
     if data.finished(run, settings, checkpoint, processes):
         return
     training = data.Training(run, settings, checkpoint, args, processes, network_of, unet.create, torch.optim.Adam)
@@ -422,6 +429,7 @@ def write_estimates(run, settings, checkpoint, args, processes):
         generators = data.image_generators(settings["seed"] if args.seed is None else args.seed, range(len(x)))
         sample(model, data.randn(x, generators), steps, generator=generators,
                watch=lambda t, _, x0: frames.append((t, x0.cpu())), **options)
+        frames = [*{t: (t, x0) for t, x0 in frames}.values()]           # the last at each t: heun and rk4 repeat some
         away = [distance(x0 - frames[-1][1]).mean().sqrt().item() for _, x0 in frames]
         distances[solver] = np.interp(ts, [t for t, _ in frames][::-1], away[::-1])
         rows.append([min(frames, key=lambda frame: abs(frame[0] - t))[1][:4] for t in ts[::-1]])
@@ -476,8 +484,8 @@ def main(argv=None):
     figure = [args.schedules, bool(args.errors), bool(args.estimates)]
     if sum(figure) + (args.train or args.sample) != 1:
         raise data.Problem("say --train, --sample, or both, or else one of --schedules, --errors and --estimates", 2)
-    if any(figure) and (args.out or args.solver):
-        raise data.Problem("--out and --solver are for --sample", 2)
+    if any(figure) and (args.out or args.solver) or args.errors and args.run:
+        raise data.Problem("--out and --solver are for --sample, and --errors names its runs itself, without --run", 2)
     if args.schedules:
         return write_schedules()
 
