@@ -337,7 +337,7 @@ def network_of(settings, channels):
 
 
 def trained_model(run, settings, checkpoint, args, processes, n):
-    """(model, x): the predictor of a run's EMA weights, made fast, and zeros, as many of n images as it takes a call."""
+    """(model, x): the predictor of a run's EMA weights, made fast, and zeros, as many of n images as go in a call."""
     network = network_of(settings, checkpoint["network"].get("channels", 3))
     net = unet.create(network, processes.device)[1]
     data.restore(run, checkpoint, ema=net)
