@@ -58,7 +58,6 @@ import argparse
 import functools
 import math
 
-import numpy as np
 import torch
 
 import data
@@ -418,27 +417,20 @@ def write_errors(runs, args, processes):
 
 
 def write_estimates(run, settings, checkpoint, args, processes):
-    """Figure 9: x̂₀ on the way from the same noises by each solver of --estimates, as estimates.png, and how far it is
-    from the final image, over up to 16 images, as estimates-distance.csv and .png.
-    """
-    model, x = trained_model(run, settings, checkpoint, args, processes, min(args.n, 16))
-    rows, distances = [], {}
+    """Figure 9: x̂₀ on the way from the same noises, up to four, by each solver of --estimates: estimates.png."""
+    model, x = trained_model(run, settings, checkpoint, args, processes, min(args.n, 4))
+    rows, ts = [], [1 - k / 10 for k in range(11)]
+    seed = settings["seed"] if args.seed is None else args.seed
     for solver in args.estimates:
         steps, options = solver_of(settings, args, solver)
-        ts, frames = np.linspace(0, 1, min(steps, 10) + 1), []
-        generators = data.image_generators(settings["seed"] if args.seed is None else args.seed, range(len(x)))
+        generators, frames = data.image_generators(seed, range(len(x))), []
         sample(model, data.randn(x, generators), steps, generator=generators,
                watch=lambda t, _, x0: frames.append((t, x0.cpu())), **options)
-        frames = [*{t: (t, x0) for t, x0 in frames}.values()]           # the last at each t: heun and rk4 repeat some
-        away = [distance(x0 - frames[-1][1]).mean().sqrt().item() for _, x0 in frames]
-        distances[solver] = np.interp(ts, [t for t, _ in frames][::-1], away[::-1])
-        rows.append([min(frames, key=lambda frame: abs(frame[0] - t))[1][:4] for t in ts[::-1]])
-    images = [frame[i] for i in range(len(rows[0][0])) for row in rows for frame in row]
-    data.save_png(data.picture(data.to_uint8(torch.stack(images)), len(ts), [f"t={t:.3g}" for t in ts[::-1]]),
-                  run / "estimates.png")
+        rows.append([min(reversed(frames), key=lambda frame: abs(frame[0] - t))[1] for t in ts])
+    images = torch.stack([frame[i] for i in range(len(x)) for row in rows for frame in row])
+    picture = data.picture(data.to_uint8(images), len(ts), [f"t={t:.1g}" for t in ts])
+    data.save_png(picture, run / "estimates.png")
     print(f"wrote {run}/estimates.png: for each noise, a row by {', then one by '.join(args.estimates)}")
-    panels = {"rms distance of x̂₀ from the final image": distances}
-    data.curves(run / "estimates-distance", ("t = η / (π/2)", ts), panels)
 
 
 # -------------------------------------------------------------------------------------------------- 6 command line
@@ -458,8 +450,9 @@ def arguments(argv=None):
     """Parse the command line; a flag that was not given is None (or False, if it is a switch)."""
     parser, group = data.parser("angular", __doc__, DEFAULTS, PAPER)
     add = group["what to do"].add_argument
-    add("--schedules", action="store_true", help="draw Figures 2 and 3 here (pictures of curves need matplotlib)")
-    add("--errors", nargs="+", metavar="RUN", help="draw Figure 4, errors against t, of these runs, into the first")
+    add("--schedules", action="store_true", help="draw Figures 2 and 3 here, by matplotlib")
+    add("--errors", nargs="+", metavar="RUN", help="draw Figure 4, errors against t, of these runs, into the first, by "
+        "matplotlib")
     add("--estimates", nargs="+", choices=SOLVERS, metavar="SOLVER", help="draw Figure 9: x̂₀ from one noise, by each")
     add = group["method"].add_argument
     add("--predict", choices=("both", "noise", "image"), help="what the network is asked for")
