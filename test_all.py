@@ -1278,8 +1278,8 @@ def test_angular_ancestral_step_is_gaussian_conditioning():
 
 
 def test_angular_ancestral_steps_compose():
-    """Two draws, η to m to s, given x0, are one from η to s: the posterior is that of a Markov chain (Eq. 1). By the linear
-    map of (x, x0, z) in each. Catches a mean and a variance that fit each other in a single step only.
+    """Two draws, η to m to s, given x0, are one from η to s: the posterior is that of a Markov chain (Eq. 1). By the
+    linear map of (x, x0, z) in each. Catches a mean and a variance that fit each other in a single step only.
     """
     one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
     for eta, m, s in ((HALF_PI, 1.0, 0.2), (1.3, 1.29, 0.7), (0.9, 0.4, 0.0)):
@@ -1292,8 +1292,8 @@ def test_angular_ancestral_steps_compose():
 
 
 def test_angular_ddim2_ends_at_the_truth_where_x0_is_linear_in_the_angle():
-    """If x̂0 = c + d η whatever x is, the image is c, and ddim2 finds it exactly in any N > 1, DDIM does not. Catches a slope
-    of the wrong sign or step.
+    """If x̂0 = c + d η whatever x is, the image is c, and ddim2 finds it exactly in any N > 1, DDIM does not. Catches
+    a slope of the wrong sign or step.
     """
     c, d, x1 = rand(3, 1, 4, 4), rand(3, 1, 4, 4, seed=1), randn(3, 1, 4, 4)
 
@@ -1430,8 +1430,8 @@ def test_angular_solvers_have_their_order(solver, order):
 
 
 def test_angular_solvers_rank_otherwise_on_a_smooth_mixture():
-    """With exact means of a smooth mixture, 10 calls: midpoint is nearer to the truth than Euler, Euler than ddim2, and that
-    than DDIM. Trained networks rank them otherwise, as the README says. Catches a README that says more.
+    """With exact means of a smooth mixture, 10 calls: midpoint is nearer to the truth than Euler, Euler than ddim2,
+    and that than DDIM. Trained networks rank them otherwise, as the README says. Catches a README that says more.
     """
     x1, exact = quantiles(100)
     runs = {"midpoint": 5, "euler": 10, "ddim2": 10, "ddim": 10}
@@ -1549,8 +1549,9 @@ def test_angular_ancestral_sampling_draws_the_mixture():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_angular_clipping_keeps_estimates_in_range(solver):
-    """With clip every x̂0 that a solver uses is in [-1, 1], whatever the heads say, and at the end of those rules that end
-    at x̂0 the image is; and nothing changes for the truth. Catches a clip before the projection, which undoes it.
+    """With clip every x̂0 that a solver uses is in [-1, 1], whatever the heads say, and at the end of those rules that
+    end at x̂0 the image is; and nothing changes for the truth. Catches a clip before the projection, which undoes
+    it.
     """
     x0, eps, _ = arc()
     raw = lambda x, t: (torch.tanh(9 * x) / 2,)
@@ -2021,8 +2022,9 @@ def test_average_of_weights_keeps_no_graph(script, trained, capsys, monkeypatch)
 
 @SCRIPTS
 def test_training_step_clips_averages_and_records(script, trained, capsys, monkeypatch):
-    """The average of the weights is A ← A + (1 - d)(W - A) with d = (1 + k)/(10 + k), at most --ema, replayed here; the
-    gradient is clipped at norm 1; the times recorded are in [0, 1] and spread. Catches 1 - d for d, a late clip, angles.
+    """The average of the weights is A ← A + (1 - d)(W - A) with d = (1 + k)/(10 + k), at most --ema, replayed here;
+    the gradient is clipped at norm 1; the times recorded are in [0, 1] and spread. Catches 1 - d for d, a late
+    clip, angles.
     """
     created, seen, norms, times = [], [], [], []
     monkeypatch.setattr(unet, "create", lambda *a, f=unet.create: created.append(f(*a)) or created[0])
@@ -2475,8 +2477,8 @@ def test_angular_wrong_flags_are_sentences(empty, capsys, monkeypatch):
 
 
 def test_angular_figures_refuse_what_they_would_ignore(empty, capsys):
-    """A figure is drawn alone, of runs that are there, with solvers that its network can have: one sentence before anything
-    is done. Catches a traceback, and a flag that is silently ignored.
+    """A figure is drawn alone, of runs that are there, with solvers that its network can have: one sentence before
+    anything is done. Catches a traceback, and a flag that is silently ignored.
     """
     run_main(capsys, "--train", *TINY, "--iterations", 1, status=0, script=angular)
     run_main(
@@ -2613,8 +2615,9 @@ def test_angular_figure_4_compares_runs(empty, capsys, drawn):
 
 
 def test_angular_figure_9_shows_samplers_from_one_noise(empty, capsys):
-    """--estimates: a row for each sampler and noise, all from the same noise, so that their first x̂0 are equal; the last is
-    the image, also for Heun, who asks at t = 0 before he is there. Catches two noises, x for x̂0, another's seed.
+    """--estimates: a row for each sampler and noise, all from the same noise, so that their first x̂0 are equal; the
+    last is the image, also for Heun, who asks at t = 0 before he is there. Catches two noises, x for x̂0, another's
+    seed.
     """
     run_main(capsys, "--train", *TINY, "--iterations", 3, status=0, script=angular)
     flags = ["--estimates", "ddim2", "ddpm", "heun", "--n", 4, "--steps", 10]
@@ -2741,8 +2744,8 @@ def test_readme_lines_of_python_sample_from_a_checkpoint(trained):
 
 
 def test_readme_rows_of_table_2_are_commands(empty, capsys):
-    """Each row of the README's Table 2 trains and samples by the flags it names, Eq. 6's pair as it stands but for "Ours".
-    Catches a row that crashes, or that clips or projects in silence.
+    """Each row of the README's Table 2 trains and samples by the flags it names, Eq. 6's pair as it stands but for
+    "Ours". Catches a row that crashes, or that clips or projects in silence.
     """
     text = (HERE / "README.md").read_text().split("| Table 2 | training | sampling |\n|-|-|-|\n")[1].split("\n\n")[0]
     rows = [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in text.splitlines()]
