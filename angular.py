@@ -35,8 +35,8 @@ Where this differs from the paper, and why:
 - η is continuous, in training and in sampling: midpoint and RK4 ask in the middle of a step. T is for the figures, and
   for --schedule linear, DDPM's, on which the paper's baselines live.
 - The command line's default solver, ddim2, is not in the paper: DDIM's rotation to second order by one call a step,
-  from the x̂₀ of the step before. On trained networks it was the best at 5 to 20 calls (README, "Results"). --solver
-  euler is the paper's Eq. 13; which rule its tables used, it does not say.
+  from the x̂₀ of the step before. On small trained networks it was the best or nearly so (README, "Results").
+  --solver euler is the paper's Eq. 13; which rule its tables used, it does not say.
 - Heun's and RK4's last stage lies at η = 0, where E[ε | x₀] = 0 says nothing of the noise still in x: they leave h/2
   and h/6 of it in all fine detail. --last midpoint mends that; midpoint itself never asks there.
 - DDIM with two heads, Eq. 6 as it stands (--heads raw), forgets x: it puts the heads' residual into the image anew at
@@ -407,7 +407,7 @@ def write_errors(runs, args, processes):
                 eta = x.new_full((len(part),), HALF_PI * t)
                 xt = diffuse(x0[part], eps[part], eta)
                 heads = model(xt, eta / HALF_PI)
-                for error, pair in zip(errors, (heads, project(xt, *heads, eta))):
+                for error, pair in zip(errors, (heads, project(xt, *heads, eta))):     # one output: the first alone
                     error[0, k, part] = distance(pair[0] - x0[part]).cpu()
                     error[1, k, part] = distance(pair[1] - eps[part]).cpu()
         for name, both in zip(names, errors):
@@ -426,7 +426,8 @@ def write_estimates(run, settings, checkpoint, args, processes):
         generators, frames = data.image_generators(seed, range(len(x))), []
         sample(model, data.randn(x, generators), steps, generator=generators,
                watch=lambda t, _, x0: frames.append((t, x0.cpu())), **options)
-        rows.append([min(reversed(frames), key=lambda frame: abs(frame[0] - t))[1] for t in ts])
+        frames.reverse()                                        # heun and rk4 ask at t = 0 before the image is there
+        rows.append([min(frames, key=lambda frame: abs(frame[0] - t))[1] for t in ts])
     images = torch.stack([frame[i] for i in range(len(x)) for row in rows for frame in row])
     picture = data.picture(data.to_uint8(images), len(ts), [f"t={t:.1g}" for t in ts])
     data.save_png(picture, run / "estimates.png")
