@@ -626,18 +626,20 @@ def sample_folder(draw, n, folder, batch_size, identity, processes):
     return len(missing)
 
 
-def draw_samples(draw, x, run, checkpoint, args, calls, options, processes):
+def draw_samples(draw, x, run, checkpoint, args, calls, options, processes, looks=None):
     """What --sample does, and the lines that say so.
 
     draw(x1, generators, watch) -> [b, C, H, W] in [-1, 1], from noise x1 of which image i is a function of (seed, i),
-    as are the generators; it calls watch(t, x_t, x̂0) at each of its `calls` of the network, and at t = 0. x: zeros, as
-    many as are drawn at once. options: a dictionary of what else makes the images what they are.
+    as are the generators; it calls watch(t, x_t, x̂0) at each of its `calls` of the network (or `looks` times in all),
+    and at t = 0. x: zeros, as many as are drawn at once. options: a dictionary of what else makes the images what they
+    are.
     """
+    looks = looks or calls
     seed, frames, live = checkpoint["method"]["seed"] if args.seed is None else args.seed, [], Live()
     identity = {"weights": digest(checkpoint["ema"]), "seed": seed, "network calls per image": calls, **options}
     given = {key: value for key, value in identity.items() if value is not None and value is not False}
     text = ", ".join(f"{key} {flag(value)}" for key, value in given.items())
-    shown = {round(i * calls / 10) for i in range(11)}                      # of the calls, and the end
+    shown = {round(i * looks / 10) for i in range(11)}                      # of the looks, and the end
 
     def images(numbers):
         generators, count = image_generators(seed, numbers), itertools.count()
@@ -648,7 +650,8 @@ def draw_samples(draw, x, run, checkpoint, args, calls, options, processes):
             if numbers[0] == 0 and i in shown:
                 frames.append((t, x[:4].cpu(), x0[:4].cpu()))
             if processes.rank == 0:
-                live(f"images {numbers[0]} to {numbers[-1]}: call {min(i + 1, calls)} of {calls}")
+                live(f"images {numbers[0]} to {numbers[-1]}: {'call' if looks == calls else 'step'} "
+                     f"{min(i + 1, looks)} of {looks}")
 
         return to_uint8(draw(x1, generators, watch)).cpu()
 

@@ -103,26 +103,41 @@ class Block(nn.Module):
         return self.attention(self.skip(x) + h)
 
 
+class Fusion(nn.Module):
+    """h plus a learned map of a conditioning image [B, c_in, S, S], averaged down to h's size; 0 at first."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.map = nn.Sequential(conv(c_in, c_out), nn.SiLU(), conv(c_out, c_out, kernel=1, zero=True))
+
+    def forward(self, h, condition):
+        return h + self.map(F.adaptive_avg_pool2d(condition, h.shape[-2:]))
+
+
 class Decoder(nn.Module):
     """The way back up: takes the encoder's features in reverse order. Returns [B, width, H, W], before the output
     layer.
     """
 
-    def __init__(self, skips, widths, blocks, attend, emb, dropout):
+    def __init__(self, skips, widths, blocks, attend, emb, dropout, condition=0):
         super().__init__()
-        skips, self.levels, self.up = list(skips), nn.ModuleList(), nn.ModuleList()
+        skips, self.levels, self.up, self.fuse = list(skips), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         c = widths[-1]
         for i, w in reversed(list(enumerate(widths))):
             stack = nn.ModuleList()
+            if condition:
+                self.fuse.append(Fusion(condition, c))
             for _ in range(blocks + 1):
                 stack.append(Block(c + skips.pop(), w, emb, dropout, attend[i]))
                 c = w
             self.levels.append(stack)
             self.up.append(conv(c, c) if i else nn.Identity())
 
-    def forward(self, h, skips, emb):
+    def forward(self, h, skips, emb, condition=None):
         skips = list(skips)
-        for stack, up in zip(self.levels, self.up):
+        for k, (stack, up) in enumerate(zip(self.levels, self.up)):
+            if self.fuse:
+                h = self.fuse[k](h, condition)
             for block in stack:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
             if skips:
@@ -137,11 +152,12 @@ class UNet(nn.Module):
     channels of the first level (divisible by 8); mult: each level's width over it; blocks: residual blocks a level.
     attention: sizes; a level attends where size / 2^level is listed, whatever the size of the input. second:
     "decoder" or "conv", what the second and further outputs are made by. head_dim: channels of an attention head.
-    Every output starts at zero.
+    Every output starts at zero. condition: channels of an image that net(x, t, condition) fuses with the features where
+    every level begins, going down and up. outputs=() makes a trunk for other heads: call `features`.
     """
 
     def __init__(self, channels=3, outputs=(3, 3), width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,),
-                 dropout=0.1, size=32, second="decoder", head_dim=64):
+                 dropout=0.1, size=32, second="decoder", head_dim=64, condition=0):
         super().__init__()
         if width % 8 or width <= 0:
             raise ValueError(f"the network's width must be a positive multiple of 8, not {width}")
@@ -155,10 +171,12 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.first = conv(channels, width)
 
-        self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
+        self.encoder, self.down, self.fuse = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         skips, c = [width], width                        # the widths of what the decoders will be handed
         for i, w in enumerate(widths):
             stack = nn.ModuleList()
+            if condition:
+                self.fuse.append(Fusion(condition, c))
             for _ in range(blocks):
                 stack.append(Block(c, w, emb, dropout, attend[i]))
                 c = w
@@ -169,14 +187,16 @@ class UNet(nn.Module):
                 skips.append(c)
         self.middle = nn.ModuleList([Block(c, c, emb, dropout, head_dim), Block(c, c, emb, dropout)])
 
-        decoders = len(outputs) if second == "decoder" else 1
-        self.decoders = nn.ModuleList(Decoder(skips, widths, blocks, attend, emb, dropout) for _ in range(decoders))
+        decoders = max(1, len(outputs)) if second == "decoder" else 1
+        self.decoders = nn.ModuleList(Decoder(skips, widths, blocks, attend, emb, dropout, condition)
+                                      for _ in range(decoders))
         self.heads = nn.ModuleList()
         for i, c_out in enumerate(outputs):
             branch = [conv(width, width), nn.SiLU()] if i >= decoders else []
             self.heads.append(nn.Sequential(norm(width), nn.SiLU(), *branch, conv(width, c_out, zero=True)))
 
-    def forward(self, x, t):
+    def features(self, x, t, condition=None):
+        """What the heads are made of: a list with every decoder's [B, width, H, W]."""
         stride = 2 ** len(self.down)
         if x.shape[-2] % stride or x.shape[-1] % stride:
             raise ValueError(f"this U-Net halves its input {len(self.down)} times: height and width must be multiples "
@@ -185,6 +205,8 @@ class UNet(nn.Module):
         h = self.first(x)
         skips = [h]
         for i, stack in enumerate(self.encoder):
+            if self.fuse:
+                h = self.fuse[i](h, condition)
             for block in stack:
                 h = block(h, emb)
                 skips.append(h)
@@ -193,7 +215,10 @@ class UNet(nn.Module):
                 skips.append(h)
         for block in self.middle:
             h = block(h, emb)
-        features = [decoder(h, skips, emb) for decoder in self.decoders]
+        return [decoder(h, skips, emb, condition) for decoder in self.decoders]
+
+    def forward(self, x, t, condition=None):
+        features = self.features(x, t, condition)
         return tuple(head(features[min(i, len(features) - 1)]) for i, head in enumerate(self.heads))
 
 
@@ -211,10 +236,10 @@ COMPACT = {
     "folder": U64}
 
 
-def create(network, device, seed=0):
-    """(UNet(**network), a copy of it for the average of its weights, which needs no gradients), both on the device."""
+def create(network, device, seed=0, build=UNet):
+    """(build(**network), a copy of it for the average of its weights, which needs no gradients), both on the device."""
     torch.manual_seed(seed)
-    net = UNet(**network).to(device, memory_format=torch.channels_last)
+    net = build(**network).to(device, memory_format=torch.channels_last)
     return net, copy.deepcopy(net).eval().requires_grad_(False)
 
 
@@ -226,33 +251,34 @@ def batch_like(n, network, device):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def fast(net, x, t):
+def fast(net, *inputs):
     """`net` as a callable of the same signature that costs the GPU's time and not Python's.
 
-    On CUDA the call is captured once, for the shapes of x [B, C, H, W] and t [B], into a CUDA graph; each later call
-    copies its inputs into the graph's buffers, replays it and returns copies, so a multistep solver may keep the last
-    output. A call of another shape or dtype runs uncaptured. On every other device this is `net` itself. `net` must
-    be in evaluation mode, must not synchronise with the CPU, and its weights must stay where they are (in-place
-    changes are seen).
+    On CUDA the call is captured once, for the shapes of the inputs, x [B, C, H, W] and t [B] and what else net takes,
+    into a CUDA graph; each later call copies its inputs into the graph's buffers, replays it and returns copies, so a
+    multistep solver may keep the last output. A call of another shape or dtype runs uncaptured. On every other device
+    this is `net` itself. `net` must be in evaluation mode and return a tuple, must not synchronise with the CPU, and
+    its weights must stay where they are (in-place changes are seen).
     """
-    if x.device.type != "cuda":
+    if inputs[0].device.type != "cuda":
         return net
     with torch.no_grad():
-        x_static, t_static = x.clone(), t.clone()
+        static = [x.clone() for x in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):                  # cuDNN picks its algorithms here, outside of the capture
             for _ in range(3):
-                net(x_static, t_static)
+                net(*static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = net(x_static, t_static)
+            captured = net(*static)
 
-    def replay(x, t):
-        if (x.shape, x.dtype, t.shape) != (x_static.shape, x_static.dtype, t_static.shape):
-            return net(x, t)
-        x_static.copy_(x), t_static.copy_(t)
+    def replay(*inputs):
+        if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in static]:
+            return net(*inputs)
+        for buffer, x in zip(static, inputs):
+            buffer.copy_(x)
         graph.replay()
         return tuple(out.clone() for out in captured)
 
