@@ -28,12 +28,20 @@ import angular
 import blurring
 import data
 import ddm
+import pixel_aware
 import unet
 
 HERE = pathlib.Path(__file__).parent
-SCRIPTS = pytest.mark.parametrize("script", [ddm, blurring, angular], ids=lambda script: script.__name__)
+SCRIPTS = pytest.mark.parametrize("script", [ddm, blurring, angular, pixel_aware], ids=lambda script: script.__name__)
 ATTENUATIONS = ["constant", "linear", "quadratic", "exponential", "sine"]
 TINY = "--width 8 --mult 1 1 --blocks 1 --attention --batch-size 4 --device cpu".split()
+
+
+def network_of(script, arguments):
+    """A script's network, and the name of its first layer's weights."""
+    if script is pixel_aware:
+        return pixel_aware.PixelAware(**arguments), "trunk.first.weight"
+    return unet.UNet(**arguments), "first.weight"
 
 
 def rand(*shape, seed=0, low=-1.0, high=1.0):
@@ -1584,6 +1592,635 @@ def test_angular_sampling_is_deterministic_per_image():
     assert not torch.equal(together[0], together[1])
 
 
+# ----------------------------------------------------------------------------------------------- pixel_aware: schedule
+
+
+def pixels(*shape, seed=0):
+    """Random pixel values in the paper's range."""
+    return rand(*shape, seed=seed, low=0.004, high=1)
+
+
+def test_pixel_aware_alpha_bar_is_the_product_of_alphas():
+    """Eq. 8 and 9: the product of i equal α is ᾱ_i, is e^{-γ i x₀/T}, and α lies in (0, 1) even where γ > T, where the
+    paper fears for the Markov chain. Catches Eq. 10's second division by T.
+    """
+    x0, T = pixels(3, 1, 4, 4), 7
+    for gamma in (1.0, 6.0, 50.0):
+        scale = pixel_aware.x_delta(x0, gamma)
+        a, product = pixel_aware.alpha(scale, T), torch.ones_like(x0)
+        assert 0 < a.min() and a.max() < 1
+        for i in range(T + 1):
+            torch.testing.assert_close(pixel_aware.alpha_bar(scale, i, T), product, rtol=1e-12, atol=0)
+            exact = torch.tensor(np.exp(-gamma * i / T * x0.numpy()))
+            torch.testing.assert_close(product, exact, rtol=1e-12, atol=0)
+            torch.testing.assert_close(pixel_aware.variance(scale, i, T), 1 - exact, rtol=1e-12, atol=1e-15)
+            product = product * a
+        i = torch.tensor([0, 3, 7])
+        each = torch.cat([pixel_aware.alpha_bar(scale[k : k + 1], int(i[k]), T) for k in range(3)])
+        torch.testing.assert_close(pixel_aware.alpha_bar(scale, i, T), each, rtol=0, atol=0)
+
+
+def test_pixel_aware_schedule_keeps_its_digits_in_float32():
+    """1 - ᾱ_1 of a dark pixel, 4e-4 and less, and u_i, to float32's precision, against float64. Catches 1 - exp for
+    expm1.
+    """
+    x0 = torch.tensor([0.004, 0.01, 0.5, 1.0]).view(1, 1, 2, 2)
+    for gamma, T in ((20.0, 200), (50.0, 500), (20.0, 5000)):
+        scale, exact = pixel_aware.x_delta(x0, gamma), pixel_aware.x_delta(x0.double(), gamma)
+        for f in (pixel_aware.variance, pixel_aware.growth):
+            torch.testing.assert_close(f(scale, 1, T).double(), f(exact, 1, T), rtol=3e-5, atol=0)
+            assert torch.isfinite(f(scale, T, T)).all()
+
+
+def test_pixel_aware_snr_and_its_slope():
+    """Eq. 11 is the squared mean over the variance of Eq. 9, and u_i is x₀²/SNR; its slope, corrected, is the numerical
+    derivative. Catches Eq. 17 as printed, without e^y, and a decay of t⁻²: as t → 0 the SNR is x₀/(γ t).
+    """
+    x0, T, gamma, h = pixels(2, 1, 3, 3), 100, 20.0, 1e-6
+    scale = pixel_aware.x_delta(x0, gamma)
+    for i in (1, 13, 100):
+        mean, std = pixel_aware.moments(x0, i / T, gamma)
+        ratio = pixel_aware.alpha_bar(scale, i, T) * x0**2 / (1 - pixel_aware.alpha_bar(scale, i, T))
+        torch.testing.assert_close(pixel_aware.snr(x0, i / T, gamma), ratio, rtol=1e-9, atol=0)
+        torch.testing.assert_close(mean**2 / std**2, ratio, rtol=1e-9, atol=0)
+        torch.testing.assert_close(x0**2 / pixel_aware.growth(scale, i, T), ratio, rtol=1e-9, atol=0)
+    for t in (0.01, 0.2, 1.0):
+        slope = (pixel_aware.snr(x0, t + h * t, gamma) - pixel_aware.snr(x0, t - h * t, gamma)) / (2 * h * t)
+        torch.testing.assert_close(pixel_aware.snr_slope(x0, t, gamma), slope, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(pixel_aware.snr(x0, 1e-7, gamma), x0 / (gamma * 1e-7), rtol=1e-5, atol=0)
+
+
+def test_pixel_aware_proposition_1_holds_until_t_delta_and_reverses():
+    """Until t_δ the brighter pixel loses SNR faster, from then on the darker; t_δ lies between y*/(γ x_k) and
+    y*/(γ x_j), y* = 2.5757, and is y*/γ between two nearly white ones. Catches a t_δ taken from the proof, which gives none.
+    """
+    dark, bright = (torch.tensor(v, dtype=torch.float64) for v in ([0.05, 0.1, 0.1, 0.5, 0.9], [0.1, 0.5, 1.0, 1.0, 1.0]))
+    y = np.linspace(1e-3, 10, 2_000_001)
+    y_star = y[(y / np.tanh(y / 2) < 3).sum()]
+    assert abs(y_star - 2.5757) < 1e-4
+    t = pixel_aware.t_delta(dark, bright, 20.0)
+    assert t[0] > 1 and ((y_star / (20 * bright) < t) & (t < y_star / (20 * dark))).all()
+
+    def faster(t):  # by differences of the SNR itself
+        drop = [pixel_aware.snr(x, t, 20.0) - pixel_aware.snr(x, t * (1 + 1e-6), 20.0) for x in (bright, dark)]
+        return drop[0] > drop[1]
+
+    for share in (1e-3, 0.1, 0.5, 0.99):
+        assert faster(share * t).all() and not faster(t / share).any()
+    torch.testing.assert_close(pixel_aware.t_delta(full(0.99999, 1), full(1, 1), 50.0), full(y_star / 50, 1), rtol=1e-4, atol=0)
+
+
+def test_pixel_aware_proposition_2_needs_more_than_its_condition():
+    """With γ x₀ = 20 and DDPM's β = 5 t the condition γ x₀ > a t holds for all t, and yet from t = .23 on the mean falls
+    more slowly than DDPM's: it is already near 0. And dark pixels converge more slowly than DDPM at any time.
+    """
+    t, x0, gamma, a = np.linspace(1e-4, 1, 20001), 1.0, 20.0, 5.0
+    ours = np.gradient(pixel_aware.moments(torch.tensor(x0), torch.tensor(t), gamma)[0].numpy(), t)
+    theirs = np.gradient(x0 * np.exp(-a * t * t / 2), t)
+    slower = t[np.abs(ours) < np.abs(theirs)]
+    assert slower.min() > 0.2 and abs(slower.min() - 0.23) < 0.06 and slower.max() == 1
+    kept = pixel_aware.ddpm_alpha_bar(torch.tensor([500]), 500).item()  # of 500 steps with β from 1e-4 to .02
+    assert math.isclose(-math.log(kept), 5.06, abs_tol=0.01)
+    mean, std = pixel_aware.moments(full(0.09, 1), 1.0, 50.0)
+    assert mean.item() / 0.09 > math.sqrt(kept) and std.item() < math.sqrt(1 - kept)
+
+
+def test_pixel_aware_dark_pixels_do_not_end_at_white_noise():
+    """The law of x_T for x₀ = .004, .05, .1 and .25, simulated step by step (Eq. 2), is that of `moments`, and is
+    N(0, 1) only for bright pixels. Catches a terminal law taken for granted.
+    """
+    x0 = torch.tensor([0.004, 0.05, 0.1, 0.25], dtype=torch.float64).view(4, 1, 1, 1)
+    x, beta = x0.expand(4, 1, 200, 200), 1 - pixel_aware.alpha(pixel_aware.x_delta(x0, 20.0), 200)
+    for step in range(200):
+        x = (1 - beta).sqrt() * x + beta.sqrt() * randn(*x.shape, seed=step)
+    mean, std = pixel_aware.moments(x0, 1.0, 20.0)
+    torch.testing.assert_close(x.mean((1, 2, 3)), mean.flatten(), rtol=0, atol=0.02)
+    torch.testing.assert_close(x.std((1, 2, 3)), std.flatten(), rtol=0.01, atol=0)
+    np.testing.assert_allclose(std.flatten(), [0.277, 0.795, 0.930, 0.9966], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ pixel_aware: forward
+
+
+@pytest.mark.parametrize("gamma", [2.0, 20.0, 50.0])
+def test_pixel_aware_trajectory_noise_is_the_chains(gamma):
+    """The chain of Eq. 2, step by step from the same draws, has these ε̃_j in Eq. 9 at every step. Catches a wrong
+    increment, and noises that are drawn independently of each other.
+    """
+    x0, T = pixels(2, 3, 2, 2), 9
+    eps = pixel_aware.trajectory_noise(x0, gamma, T, torch.Generator().manual_seed(3))
+    z = torch.randn(2, T, 3, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x, a = x0, torch.exp(-gamma / T * x0)
+    for i in range(1, T + 1):
+        x = a.sqrt() * x + (1 - a).sqrt() * z[:, i - 1]
+        torch.testing.assert_close(pixel_aware.diffuse(x0, eps[:, i - 1], i, gamma, T), x, rtol=0, atol=1e-12)
+    short = pixel_aware.trajectory_noise(x0.float(), gamma, T, torch.Generator().manual_seed(3))
+    assert eps.shape == (2, T, 3, 2, 2) and short.dtype == torch.float32 and torch.isfinite(short).all()
+
+
+def rows_of(monkeypatch, draw, n):
+    """The matrix W of the linear map from white noise to `draw()` [n, m], one pixel each: by unit vectors."""
+    monkeypatch.setattr(data, "randn", lambda like, generator=None: torch.eye(n, dtype=like.dtype).view(like.shape))
+    return draw().T
+
+
+def test_pixel_aware_noises_have_the_right_correlations(monkeypatch):
+    """corr(ε̃_i, ε̃_j) = √(u_i/u_j), i < j, for all steps, for any few of them, and between ε̃_i and the heads' as training
+    draws them, an i among the heads included. Catches a lost order, and a second draw for the same step.
+    """
+    T, gamma, v = 12, 20.0, 0.3
+    u = torch.expm1(gamma * v / T * torch.arange(1, T + 1, dtype=torch.float64))
+    exact = (torch.minimum(u, u[:, None]) / torch.maximum(u, u[:, None])).sqrt()
+    x0 = lambda n: torch.full((n, 1, 1, 1), v, dtype=torch.float64)
+    W = rows_of(monkeypatch, lambda: pixel_aware.trajectory_noise(x0(T), gamma, T).flatten(1), T)
+    torch.testing.assert_close(W @ W.T, exact, rtol=0, atol=1e-12)
+    few = torch.tensor([2, 3, 7, 12])
+    W = rows_of(monkeypatch, lambda: pixel_aware.trajectory_noise(x0(4), gamma, T, times=few).flatten(1), 4)
+    torch.testing.assert_close(W @ W.T, exact[few - 1][:, few - 1], rtol=0, atol=1e-12)
+    for i in (1, 7, 10):
+
+        def drawn():
+            own, heads = pixel_aware.draw_trajectory(x0(5), torch.full((5,), i), few, gamma, T)
+            return torch.cat([own[:, None], heads], 1).flatten(1)
+
+        W, steps = rows_of(monkeypatch, drawn, 5), torch.tensor([i, *few]) - 1
+        torch.testing.assert_close(W @ W.T, exact[steps][:, steps], rtol=0, atol=1e-12)
+
+
+def test_pixel_aware_expected_noise_is_gaussian_conditioning(monkeypatch):
+    """E[ε̃_j | x_i, x₀] by conditioning the joint law of the draws, j <= i. Catches the ratio upside down."""
+    T, gamma, i = 8, 5.0, 6
+    x0 = pixels(1, 1, 1, 1)
+    u = torch.expm1(gamma * x0.item() / T * torch.arange(1, T + 1, dtype=torch.float64))
+    W = torch.tril((u - torch.cat([u.new_zeros(1), u[:-1]])).sqrt().expand(T, T)) / u.sqrt()[:, None]
+    eps, cov = randn(1, 1, 1, 1), W @ W.T
+    got = pixel_aware.expected_noise(eps, i, torch.arange(1, i + 1), pixel_aware.x_delta(x0, gamma), T)
+    torch.testing.assert_close(got.flatten(), cov[:i, i - 1] / cov[i - 1, i - 1] * eps.item(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("i,s", [(9, 8), (9, 4), (5, 1), (2, 1), (1, 0), (9, 0)])
+def test_pixel_aware_posterior_is_gaussian_conditioning(i, s):
+    """q(x_s | x_i, x₀) by conditioning the joint law of (x_s, x_i), for a step and for jumps; no variance and x₀ itself
+    at s = 0. Catches a β̃ that is not 0 at the last step.
+    """
+    x0, gamma, T = pixels(2, 1, 3, 3), 12.0, 9
+    scale, xi = pixel_aware.x_delta(x0, gamma), randn(2, 1, 3, 3)
+    kept = lambda k: torch.exp(-gamma * k / T * x0)
+    cov = (kept(i) / kept(s)).sqrt() * (1 - kept(s))
+    mean = kept(s).sqrt() * x0 + cov / (1 - kept(i)) * (xi - kept(i).sqrt() * x0)
+    got = pixel_aware.posterior(xi, x0, scale, i, s, T)
+    torch.testing.assert_close(got[0], mean, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(got[1], 1 - kept(s) - cov**2 / (1 - kept(i)), rtol=1e-9, atol=1e-12)
+    if s == 0:
+        assert torch.equal(got[1], torch.zeros_like(x0)) and torch.allclose(got[0], x0, rtol=1e-14)
+
+
+def test_pixel_aware_jumps_are_composed_steps():
+    """One jump from i to s has the law of the i - s single steps: means and variances chained. Catches a jump that fits
+    itself alone.
+    """
+    x0, gamma, T, i, s = pixels(2, 1, 3, 3), 12.0, 9, 8, 3
+    scale, xi = pixel_aware.x_delta(x0, gamma), randn(2, 1, 3, 3)
+    mean, variance = xi, torch.zeros_like(xi)
+    for j in range(i, s, -1):
+        at_zero = pixel_aware.posterior(torch.zeros_like(x0), x0, scale, j, j - 1, T)[0]
+        slope = pixel_aware.posterior(torch.ones_like(x0), x0, scale, j, j - 1, T)[0] - at_zero
+        mean, own = pixel_aware.posterior(mean, x0, scale, j, j - 1, T)
+        variance = own + slope**2 * variance
+    got = pixel_aware.posterior(xi, x0, scale, i, s, T)
+    torch.testing.assert_close(got[0], mean, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(got[1], variance, rtol=1e-11, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------- pixel_aware: networks and loss
+
+
+def test_pixel_aware_heads_are_separate_networks():
+    """Grouped layers equal a loop over T networks of two convolutions, norm and skip, any few of them equal those of
+    all, and the gradient of one head touches no other's weights. Catches groups that mix channels of two heads.
+    """
+    torch.manual_seed(0)
+    heads, h = pixel_aware.Heads(8, 3, 5).double(), randn(2, 8, 4, 4)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter)
+    every, conv2d = torch.arange(1, 6), torch.nn.functional.conv2d
+    together = heads(h, every)
+    for j in range(5):
+        own = slice(3 * j, 3 * j + 3)
+        z = conv2d(h, heads.first.weight[own], heads.first.bias[own], padding=1)
+        z = (z - z.mean((1, 2, 3), keepdim=True)) / (z.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+        z = z * heads.norm.weight[own][:, None, None] + heads.norm.bias[own][:, None, None]
+        z = conv2d(z * z.sigmoid(), heads.second.weight[own], heads.second.bias[own], padding=1)
+        z = z + conv2d(h, heads.skip.weight[own], heads.skip.bias[own])
+        torch.testing.assert_close(together[:, j], z, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(heads(h, torch.tensor([2, 5])), together[:, [1, 4]], rtol=1e-12, atol=1e-12)
+    heads(h, torch.tensor([4])).sum().backward()
+    for parameter in heads.parameters():
+        touched = parameter.grad.flatten(1).abs().sum(1) if parameter.dim() > 1 else parameter.grad.abs()
+        assert not touched[[*range(9), *range(12, 15)]].any()
+
+
+def tiny_model(seed=0, **changes):
+    """A small PixelAware whose last layers are not 0."""
+    torch.manual_seed(seed)
+    arguments = dict(channels=3, size=8, width=8, mult=(1, 1), blocks=1, attention=(), dropout=0.0, T=6, gamma=20.0)
+    arguments |= dict(low=0.004, latent=32, vae="conditional", scale="image", predict="x0")
+    net = pixel_aware.PixelAware(**{**arguments, **changes}).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0"])
+def test_pixel_aware_mask_keeps_the_heads_up_to_i(predict):
+    """Eq. 14: Z^j is exactly 0 for j > i, and Z^i is not: the step from x_i itself needs it. Catches j < i."""
+    net, xi = tiny_model(predict=predict), rand(6, 3, 8, 8).float()
+    with torch.no_grad():
+        Z = net.R(xi, pixel_aware.x_delta(rand(6, 3, 8, 8, low=0.1, high=0.9).float(), 20.0), torch.arange(1, 7) / 6)
+    active = Z.flatten(2).abs().amax(2) > 0
+    assert Z.shape == (6, 6, 3, 8, 8) and torch.equal(active, torch.tril(torch.ones(6, 6)).bool())
+
+
+@pytest.mark.parametrize("vae", ["conditional", "denoising"])
+@pytest.mark.parametrize("scale", ["delta", "image"])
+def test_pixel_aware_networks_see_what_they_should(vae, scale):
+    """x̂_δ depends on x_i, on t and on the code's noise; Z on x_i, on t and on x̂_δ; the losses of the heads send the VAE
+    no gradient and all else some. Catches a condition that is fused nowhere, and a level that is forgotten.
+    """
+    net = tiny_model(vae=vae, scale=scale)
+    xi, t, z = rand(2, 3, 8, 8).float(), torch.tensor([0.5, 1.0]), randn(2, 32).float()
+    other = pixels(2, 3, 8, 8, seed=1).float()
+    delta = pixel_aware.x_delta(other, 20.0)
+    with torch.no_grad():
+        for call, inputs in ((net.G, (xi, t, z)), (net.R, (xi, delta, t))):
+            for k, changed in enumerate(inputs):
+                inputs_ = [*inputs[:k], changed.flip(0), *inputs[k + 1 :]]
+                assert not torch.allclose(call(*inputs), call(*inputs_)), (call.__name__, k)
+        assert math.exp(-20.001) <= net.G(xi, t, z).min() and net.G(xi, t, z).max() <= math.exp(-0.08) + 1e-6
+    told = torch.tensor([True, False])
+    raw, kl, shown, out = net(xi, t, z, other, told, torch.arange(1, 7))
+    out.square().sum().backward()
+    assert all(p.grad is None for p in net.vae.parameters()) and kl.shape == (2,)
+    with torch.no_grad():
+        as_sampling = torch.allclose(shown, net.G(xi, t, z), rtol=1e-4)
+        own = [torch.allclose(a, b, rtol=1e-4) for a, b in zip(shown, net.G(xi, t, z))]
+    assert own == [vae == "denoising", True] and as_sampling == (vae == "denoising")  # told: by the truth's code
+    assert all(p.grad.abs().sum() > 0 for name, p in net.named_parameters() if not name.startswith("vae"))
+    (raw.sum() + kl.sum()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.vae.parameters())
+
+
+def test_pixel_aware_kl_is_that_of_two_gaussians(monkeypatch):
+    """The VAE's KL against torch.distributions: of the posterior from the prior of x_i, or from N(0, I) without one;
+    and the code drawn is mean + std z of the posterior in training, of the prior in sampling. Catches them exchanged.
+    """
+    from torch.distributions import Normal, kl_divergence
+
+    for vae in ("conditional", "denoising"):
+        net = tiny_model(vae=vae).vae
+        xi, truth, t, z = rand(2, 3, 8, 8).float(), pixels(2, 3, 8, 8).float(), full(0.3, 2).float(), randn(2, 32).float()
+        seen, codes = [], []
+        for encoder in filter(None, (net.prior, net.posterior)):
+            encoder.register_forward_hook(lambda module, _, out: seen.append((module, Normal(out[0], (out[1] / 2).exp()))))
+        net.first.register_forward_hook(lambda module, inputs, _: codes.append(inputs[0]))
+        with torch.no_grad():
+            kl = net(xi, t, z, truth)[1]
+            codes = codes[-1:]
+            net(xi, t, z)
+        laws = dict(seen)
+        q, p = (laws[net.posterior], laws[net.prior]) if vae == "conditional" else (laws[net.prior], Normal(0.0, 1.0))
+        torch.testing.assert_close(kl, kl_divergence(q, p).sum(1), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(codes[0], q.mean + q.stddev * z)
+        torch.testing.assert_close(codes[1], laws[net.prior].mean + laws[net.prior].stddev * z)
+
+
+def test_pixel_aware_scale_stays_in_its_range():
+    """x̂_δ is clamped to [e^-γ, e^{-γ low}] whatever the VAE says, and with it a whole reverse path is finite in float32 at
+    γ = 50. Catches x̂_δ = 1, where the schedule is 0/0, and x̂_δ <= 0, where it is not a number.
+    """
+    raw = torch.tensor([-1e9, -1.0, 0.0, 1e-30, 0.004, 0.5, 1.0, 2.0, 1e9]).view(1, 1, 3, 3)
+    for kind in ("delta", "image"):
+        scale = pixel_aware.read_scale(raw, kind, 50.0)
+        assert torch.isfinite(scale.log()).all() and scale.max() <= math.exp(-0.2) + 1e-6 and scale.min() >= 1.9e-22
+        order = scale.flatten().tolist()
+        assert order == sorted(order, reverse=kind == "image") and len({*order}) >= 3
+        for mode in ("mean", "literal"):
+            Z = randn(1, 500, 1, 3, 3).float()
+            x0 = pixel_aware.reverse(randn(1, 1, 3, 3).float(), 500, scale, Z, 500, mode)
+            assert torch.isfinite(x0).all() and (mode == "literal" or (0.004 <= x0.min() and x0.max() <= 1))
+
+
+def test_pixel_aware_guess_is_gaussian_conditioning():
+    """The mean and the standard deviation of x₀ ~ N(x̂₀, SPREAD²) given x_i = √ᾱ x₀ + √(1-ᾱ) ε: by quadrature of Bayes'
+    rule. Catches a gain that is not the posterior's.
+    """
+    T, gamma, i = 50, 20.0, 7
+    x0_hat, xi = pixels(5, 1, 1, 1), randn(5, 1, 1, 1)
+    mean, std = pixel_aware.guess(xi, pixel_aware.x_delta(x0_hat, gamma), i, T, gamma)
+    for k in range(5):
+        x = np.linspace(-3, 4, 400_001)
+        kept = math.exp(-gamma * i / T * x0_hat[k].item())
+        prior = (x - x0_hat[k].item()) / pixel_aware.SPREAD
+        log = -(prior**2) / 2 - (xi[k].item() - math.sqrt(kept) * x) ** 2 / (1 - kept) / 2
+        p = np.exp(log - log.max())
+        m = (p * x).sum() / p.sum()
+        assert math.isclose(mean[k].item(), m, abs_tol=1e-6)
+        assert math.isclose(std[k].item(), math.sqrt((p * (x - m) ** 2).sum() / p.sum()), rel_tol=1e-5)
+
+
+def test_pixel_aware_heads_that_name_the_image_reverse_to_it():
+    """Heads that name an image have the Z of that image, and one pass of the mean form gives it back, whatever x̂_δ is
+    and with a different image a head only the first heads matter at the end. Catches Z of another schedule.
+    """
+    T, gamma, x0 = 40, 20.0, pixels(3, 1, 4, 4)
+    xi, heads, i = randn(3, 1, 4, 4), torch.arange(1, 41), torch.tensor([40, 17, 1])
+    for scale in (pixel_aware.x_delta(x0, gamma), pixel_aware.x_delta(pixels(3, 1, 4, 4, seed=5), gamma)):
+        mean, std = pixel_aware.guess(xi, scale, i, T, gamma)
+        raw = ((x0 - mean) / std)[:, None].expand(-1, T, -1, -1, -1)
+        Z = pixel_aware.read_heads(raw, xi, scale, i, heads, T, gamma, "x0")
+        torch.testing.assert_close(pixel_aware.reverse(xi, i, scale, Z, T), x0, rtol=0, atol=1e-8)
+    true = pixel_aware.x_delta(x0, gamma)
+    mean, std = pixel_aware.guess(xi, true, i, T, gamma)
+    Z = pixel_aware.read_heads(((x0 - mean) / std)[:, None], xi, true, i, heads, T, gamma, "x0")
+    eps = (xi - (-gamma / T / 2 * i.view(3, 1, 1, 1) * x0).exp() * x0) / (1 - (-gamma / T * i.view(3, 1, 1, 1) * x0).exp()).sqrt()
+    torch.testing.assert_close(Z[0, 39], eps[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(Z[1, 16], eps[1], rtol=1e-9, atol=1e-9)
+
+
+def test_pixel_aware_head_weights_average_over_what_is_active():
+    """The mean over the batch of the weighted sums is the mean over examples of each one's mean over its heads j <= i, or
+    the mean over heads of each one's mean over the examples that have it; heads that none has count for nothing.
+    Catches a mean over all, which starves the last heads.
+    """
+    i, heads, errors = torch.tensor([3, 9, 1, 6]), torch.tensor([1, 3, 7, 10]), rand(4, 4, low=0, high=1)
+    active = lambda b, k: heads[k] <= i[b]
+    by_head = [np.mean([errors[b, k].item() for b in range(4) if active(b, k)]) for k in range(3)]
+    by_example = [np.mean([errors[b, k].item() for k in range(4) if active(b, k)]) for b in range(4)]
+    for average, means in (("heads", by_head), ("examples", by_example)):
+        got = (pixel_aware.head_weights(i, heads, average) * errors).sum(1).mean()
+        assert math.isclose(got.item(), np.mean(means), rel_tol=1e-6)
+
+
+def test_pixel_aware_training_draws_every_step_and_always_the_first_head():
+    """i is every step of 1 ... T, half of them in the first quarter; a step's heads are m different ones, rising, the
+    first among them, all in turn; m = T is all. Catches a step 0, a head 0, and examples that no head is trained on.
+    """
+    g = torch.Generator().manual_seed(0)
+    i = pixel_aware.draw_steps(20000, 40, g)
+    assert set(i.tolist()) == {*range(1, 41)} and abs((i <= 10).double().mean().item() - 0.5) < 0.02
+    seen = torch.zeros(41)
+    for _ in range(500):
+        heads = pixel_aware.draw_heads(5, 40, g)
+        assert heads[0] == 1 and len(heads) == 5 and (heads.diff() > 0).all() and heads[-1] <= 40
+        seen[heads] += 1
+    assert seen[1:].min() > 0 and seen[2] > 5 * seen[40]
+    for m, T in ((40, 40), (1, 40), (1, 1), (2, 2)):
+        assert pixel_aware.draw_heads(m, T, g).tolist() == [*range(1, m + 1)]
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0"])
+@pytest.mark.parametrize("scale", ["delta", "image"])
+def test_pixel_aware_loss_is_zero_for_the_truth_and_never_mixes_examples(predict, scale):
+    """A model that names the truth has loss 0, and what one example's model says wrong costs that example alone; the KL
+    counts by its weight over the pixels. Catches a wrong target for any of the four combinations.
+    """
+    x0, T, gamma, heads, i = pixels(3, 2, 4, 4), 10, 20.0, torch.arange(1, 11), torch.tensor([10, 4, 1])
+    eps_i, eps = pixel_aware.draw_trajectory(x0, i, heads, gamma, T, torch.Generator().manual_seed(0))
+    xi = pixel_aware.diffuse(x0, eps_i, i, gamma, T)
+    estimate = pixel_aware.x_delta(pixels(3, 2, 4, 4, seed=3), gamma)
+
+    def model(x, t, z, truth, told, heads, off=0.0):
+        torch.testing.assert_close(x, xi)
+        assert torch.equal(t, i / T)
+        raw = torch.exp(-gamma * x0) if scale == "delta" else x0
+        torch.testing.assert_close(truth, raw)
+        if predict == "eps":
+            out = eps.clone()
+        else:
+            mean, std = pixel_aware.guess(xi, estimate, i, T, gamma)
+            out = ((x0 - mean) / std)[:, None].repeat(1, 10, 1, 1, 1)
+        out[1] += off
+        return raw, full(off, 3), estimate, out
+
+    weights = pixel_aware.head_weights(i, heads)
+    common = (x0, i, eps_i, eps, weights, None, None, heads, T, gamma, scale, predict)
+    assert pixel_aware.loss(model, *common).abs().max() < 1e-12
+    values = pixel_aware.loss(lambda *a: model(*a, off=0.5), *common, kl=0.1)
+    kl = 0.1 * 0.5 / 32
+    expected = [kl, kl + 0.25 * weights[1].sum().item(), kl]
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- pixel_aware: sampler
+
+SETTINGS_OF_THE_PAPER = [(20.0, 200), (50.0, 500)]
+
+
+def forward_path(value, gamma, T, side=32):
+    """(x0, x_δ, ε̃ [1, T, 1, side, side], x_T) of a flat image."""
+    x0 = torch.full((1, 1, side, side), value, dtype=torch.float64)
+    eps = pixel_aware.trajectory_noise(x0, gamma, T, torch.Generator().manual_seed(1))
+    return x0, torch.exp(-gamma * x0), eps, pixel_aware.diffuse(x0, eps[:, -1], T, gamma, T)
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("gamma,T", SETTINGS_OF_THE_PAPER)
+@pytest.mark.parametrize("value", [0.05, 0.25, 1.0])
+def test_pixel_aware_algorithm_1_diverges_as_its_formula(value, gamma, T):
+    """Algorithm 1 with the true ε̃_j, the paper's own toy check, ends √(2 Σ α^{-(j-1)} β̃_j) from the image, about
+    √(2(e^{γ x₀} - 1)); without fresh noise, 1/√2 of it. Catches a literal mode that quietly reconstructs.
+    """
+    x0, scale, eps, xT = forward_path(value, gamma, T)
+    a, j = math.exp(-gamma * value / T), np.arange(1, T + 1)
+    beta = (1 - a ** (j - 1)) / (1 - a**j) * (1 - a)
+    exact = math.sqrt(2 * (a ** -(j - 1.0) * beta).sum())
+    literal = pixel_aware.reverse(xT, T, scale, eps, T, "literal", torch.Generator().manual_seed(2))
+    assert abs(rms(literal - x0) / exact - 1) < 0.05 and abs(math.sqrt(2 * math.expm1(gamma * value)) / exact - 1) < 0.06
+    silent = pixel_aware.reverse(xT, T, scale, eps, T, "literal", noise=False)
+    assert abs(rms(silent - x0) / exact * math.sqrt(2) - 1) < 0.05
+
+
+@pytest.mark.parametrize("value", [0.05, 0.25, 1.0])
+def test_pixel_aware_what_does_reconstruct(value):
+    """From x_T of γ = 20 back to the image: with Z^j = E[ε̃_j | x_T, x₀] and no noise, in the literal form and in the mean
+    form; with the steps' own noises z_j and √(1-α); and with ε̃ made anew of every x̂_j, noise included. With fresh noise
+    the first fails too. Catches an index that is off by one in Z, α or ᾱ.
+    """
+    gamma, T = 20.0, 200
+    x0, scale, eps, xT = forward_path(value, gamma, T)
+    j, a = torch.arange(1, T + 1).double(), math.exp(-gamma * value / T)
+    Z = (torch.expm1(gamma * value / T * j) / math.expm1(gamma * value)).sqrt().view(1, T, 1, 1, 1) * eps[:, -1:]
+    assert rms(pixel_aware.reverse(xT, T, scale, Z, T, "literal", noise=False) - x0) < 1e-9
+    assert rms(pixel_aware.reverse(xT, T, scale, Z, T) - x0) < 1e-9
+    assert rms(pixel_aware.reverse(xT, T, scale, Z, T, "literal", torch.Generator().manual_seed(0)) - x0) > 1
+    z = torch.randn(1, T, 1, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = xT
+    for k in range(T, 0, -1):
+        x = (x - math.sqrt(1 - a) * z[:, k - 1]) / math.sqrt(a)
+    assert rms(x - x0) < 1e-9
+    x, g = xT, torch.Generator().manual_seed(5)
+    for k in range(T, 0, -1):
+        again = (x - a ** (k / 2) * x0) / math.sqrt(1 - a**k)
+        noise = torch.zeros(1, k, *x.shape[1:], dtype=torch.float64)
+        noise[:, k - 1] = again
+        x = pixel_aware.posterior(x, (x - math.sqrt(1 - a**k) * again) / a ** (k / 2), scale, k, k - 1, T)
+        x = x[0] + x[1].sqrt() * torch.randn(x[0].shape, generator=g, dtype=torch.float64)
+    assert rms(x - x0) < 1e-9
+
+
+def test_pixel_aware_reverse_is_its_linear_closed_form():
+    """Without noise, Algorithm 1 is x_i/√ᾱ_i - Σ_j α^{-j/2} (1-α)/√(1-ᾱ_j) Z^j, for any Z; with it, noise of variance
+    Σ α^{-(j-1)} β̃_j more. Catches an α or ᾱ in the wrong place in line 9.
+    """
+    x0, gamma, T, i = pixels(2, 1, 4, 4), 6.0, 15, 11
+    scale, xi, Z = torch.exp(-gamma * x0), randn(2, 1, 4, 4), randn(2, T, 1, 4, 4, seed=1)
+    a = torch.exp(-gamma / T * x0)
+    exact = xi * a ** (-i / 2) - sum(a ** (-j / 2) * (1 - a) / (1 - a**j).sqrt() * Z[:, j - 1] for j in range(1, i + 1))
+    silent = pixel_aware.reverse(xi, i, scale, Z, T, "literal", noise=False)
+    torch.testing.assert_close(silent, exact, rtol=1e-11, atol=1e-11)
+    both = torch.tensor([11, 4])  # a step of its own for every example
+    one = pixel_aware.reverse(xi[1:], 4, scale[1:], Z[1:], T)
+    torch.testing.assert_close(pixel_aware.reverse(xi, both, scale, Z, T)[1:], one, rtol=0, atol=1e-14)
+    wide = [v.repeat(1, 1, 50, 50) for v in (xi, scale)]
+    noisy = pixel_aware.reverse(wide[0], i, wide[1], Z.repeat(1, 1, 1, 50, 50), T, "literal", torch.Generator().manual_seed(0))
+    extra = (noisy - exact.repeat(1, 1, 50, 50)).unflatten(-1, (50, 4)).unflatten(-3, (50, 4)).var((2, 4))
+    beta = sum(a ** -(j - 1.0) * (1 - a ** (j - 1)) / (1 - a**j) * (1 - a) for j in range(1, i + 1))
+    torch.testing.assert_close(extra, beta, rtol=0.15, atol=0)
+
+
+def test_pixel_aware_mean_form_is_the_same_step_where_nothing_is_clipped():
+    """By way of x̂₀ or of ε̃, it is one step (Eq. 4): the mean form with a [low, 1] that holds everything equals the
+    literal form without noise. Catches posterior coefficients that belong to another schedule.
+    """
+    x0, gamma, T = pixels(2, 1, 4, 4), 3.0, 12
+    scale, xi, Z = torch.exp(-gamma * x0), randn(2, 1, 4, 4), 0.02 * randn(2, T, 1, 4, 4, seed=1)
+    seen = []
+    literal = pixel_aware.reverse(xi, T, scale, Z, T, "literal", noise=False, low=-1e9, watch=lambda *f: seen.append(f))
+    inside = (torch.stack([x for _, _, x in seen]) < 1).all(0)
+    mean = pixel_aware.reverse(xi, T, scale, Z, T, low=-1e9)
+    assert inside.sum() > 8 and [j for j, _, _ in seen] == [*range(12, 0, -1)]
+    torch.testing.assert_close(mean[inside], literal[inside], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("grid", ["uniform", "quadratic"])
+@pytest.mark.parametrize("passes", [1, 2, 5, 40])
+def test_pixel_aware_a_pass_is_one_call_of_each_network(grid, passes):
+    """K passes call G and R exactly K times each, at falling steps from T; watch sees all T steps and the image. With a G
+    and an R that know the image they end at it. Catches a hidden extra call, and a jump by another schedule.
+    """
+    T, gamma, x0, calls, frames = 40, 20.0, pixels(2, 3, 4, 4), [], []
+
+    def G(x, t, generator):
+        calls.append(("G", t[0].item()))
+        return torch.exp(-gamma * x0)
+
+    def R(x, scale, t):
+        calls.append(("R", t[0].item()))
+        i = round(t[0].item() * T)
+        eps = (x - torch.exp(-gamma * i / T / 2 * x0) * x0) / (1 - torch.exp(-gamma * i / T * x0)).sqrt()
+        return pixel_aware.expected_noise(eps, i, torch.arange(1, T + 1), scale, T)
+
+    options = dict(gamma=gamma, T=T, grid=grid, generator=torch.Generator().manual_seed(0))
+    out = pixel_aware.sample(G, R, randn(2, 3, 4, 4), passes, **options, watch=lambda *frame: frames.append(frame))
+    times = [t for name, t in calls if name == "G"]
+    assert [name for name, _ in calls] == ["G", "R"] * passes and times == sorted(times, reverse=True)
+    assert times[0] == 1 and len({*times}) == passes and [round(f[0] * T) for f in frames] == [*range(T, -1, -1)]
+    torch.testing.assert_close(out, pixel_aware.from_pixels(x0), rtol=0, atol=1e-9)
+    assert torch.equal(frames[-1][2], out)
+    for wrong in (0, 41):
+        with pytest.raises(ValueError, match="passes"):
+            pixel_aware.passes_of(wrong, T, grid)
+
+
+def two_values(T, gamma, a=0.01, b=0.6):
+    """(G, R) that know: every pixel is a or b, with even odds, independently. G draws it from its law given x_i, R names
+    the noise that goes with G's pixel.
+    """
+
+    def G(x, t, generator):
+        t = t[0].item()
+        logs = []
+        for v in (a, b):
+            kept = math.exp(-gamma * v * t)
+            logs.append(-((x - math.sqrt(kept) * v) ** 2) / (1 - kept) / 2 - math.log(1 - kept) / 2)
+        dark = torch.rand(x.shape, generator=generator, dtype=x.dtype) < torch.sigmoid(logs[0] - logs[1])
+        return torch.exp(-gamma * (a * dark + b * ~dark).to(x.dtype))
+
+    def R(x, scale, t):
+        i, x0 = round(t[0].item() * T), -scale.log() / gamma
+        eps = (x - (-gamma * i / T / 2 * x0).exp() * x0) / (1 - (-gamma * i / T * x0).exp()).sqrt()
+        return pixel_aware.expected_noise(eps, i, torch.arange(1, T + 1), scale, T)
+
+    return G, R
+
+
+@pytest.mark.parametrize("passes,miss", [(1, 0.109), (2, 0.041), (10, 0.001)])
+def test_pixel_aware_exact_networks_draw_the_data_from_a_forwarded_start(passes, miss):
+    """With exact networks any number of passes ends at the data's own law, if x_T is a forwarded image; from N(0, I), as
+    in the paper, dark pixels come too rarely, for the variance of x_T is what tells them: 39 % for 50 % in one pass, by
+    quadrature. More passes forget a wrong start. Catches a biased jump, and the claim that x_T is white noise.
+    """
+    T, gamma, n = 50, 20.0, 200
+    g = torch.Generator().manual_seed(0)
+    dark = torch.rand(1, 1, n, n, generator=g, dtype=torch.float64) < 0.5
+    x0 = (0.01 * dark + 0.6 * ~dark).double()
+    xT = pixel_aware.diffuse(x0, torch.randn(x0.shape, generator=g, dtype=torch.float64), T, gamma, T)
+    G, R = two_values(T, gamma)
+    shares = []
+    for start in (xT, torch.randn(x0.shape, generator=g, dtype=torch.float64)):
+        out = pixel_aware.to_pixels(pixel_aware.sample(G, R, start, passes, gamma=gamma, T=T, generator=g))
+        near = (out - 0.01).abs() < 1e-6
+        assert (near | ((out - 0.6).abs() < 1e-6)).all()
+        shares.append(near.double().mean().item())
+    kept = math.exp(-20 * 0.01)  # the share from N(0, 1), by quadrature
+    x = np.linspace(-6, 6, 20001)
+    p = np.exp(-((x - 0.01 * math.sqrt(kept)) ** 2) / (1 - kept) / 2) / math.sqrt(1 - kept)
+    q = np.exp(-(x**2) / 2)
+    wrong = (q * p / (p + q)).sum() / q.sum()
+    assert abs(shares[0] - 0.5) < 0.01 and abs(0.5 - shares[1] - miss) < 0.01 and abs(wrong - 0.391) < 1e-3
+
+
+def test_pixel_aware_sampling_is_deterministic_per_image():
+    """Image i is a function of (seed, i): drawn alone or in a batch, in one pass or three, literal or not. Catches one
+    generator for all.
+    """
+    T, gamma = 12, 20.0
+    G, R = two_values(T, gamma)
+
+    def G_each(x, t, generators):
+        return torch.cat([G(x[k : k + 1], t, g) for k, g in enumerate(generators)])
+
+    for passes, mode in ((1, "mean"), (3, "mean"), (1, "literal")):
+
+        def draw(numbers):
+            generators = data.image_generators(0, numbers)
+            x = data.randn(torch.empty(len(numbers), 1, 3, 3, dtype=torch.float64), generators)
+            return pixel_aware.sample(G_each, R, x, passes, gamma=gamma, T=T, mode=mode, generator=generators)
+
+        batch = draw([4, 5, 6])
+        torch.testing.assert_close(batch[1:2], draw([5]), rtol=0, atol=1e-12)
+        assert not torch.allclose(batch[0], batch[1])
+
+
+def test_pixel_aware_ssim_is_wang_and_bovik():
+    """1 for equal images; for one window, the formula with NumPy's own weighted moments. Catches a window that does not
+    sum to one, and a lost factor of two.
+    """
+    a, b = pixels(2, 3, 11, 11), pixels(2, 3, 11, 11, seed=1)
+    torch.testing.assert_close(pixel_aware.ssim(a, a), full(1, 2))
+    g = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    w = np.outer(g, g).ravel() / np.outer(g, g).sum()
+    values = []
+    for x, y in zip(a.flatten(2)[0].numpy(), b.flatten(2)[0].numpy()):
+        c = np.cov(x, y, aweights=w, ddof=0)
+        mx, my = np.average(x, weights=w), np.average(y, weights=w)
+        values.append((2 * mx * my + 1e-4) * (2 * c[0, 1] + 9e-4) / ((mx**2 + my**2 + 1e-4) * (c[0, 0] + c[1, 1] + 9e-4)))
+    assert math.isclose(pixel_aware.ssim(a, b)[0].item(), np.mean(values), rel_tol=1e-9)
+
+
 # ------------------------------------------------------------------------------------------------------------ unet
 
 
@@ -2002,7 +2639,8 @@ def test_seed_makes_the_weights(script, trained, capsys):
     for name, value in (("a", 1), ("b", 1), ("c", 2)):
         flags = ["--seed", value, "--run", trained.parent / name, *TINY, "--iterations", 1]
         run_main(capsys, "--train", *flags, status=0, script=script)
-        runs[name] = weights(trained.parent / name)["model"]["first.weight"]
+        saved = weights(trained.parent / name)
+        runs[name] = saved["model"][network_of(script, saved["network"])[1]]
     assert torch.equal(runs["a"], runs["b"]) and (runs["a"] - runs["c"]).abs().max() > 0.05
 
 
@@ -2032,17 +2670,18 @@ def test_training_step_clips_averages_and_records(script, trained, capsys, monke
 
     def spy(self, values, t, *rest):
         times.extend(t.tolist())
-        seen.append(self.parts["model"].state_dict()["first.weight"].clone())
+        seen.append({k: v.clone() for k, v in self.parts["model"].state_dict().items()})
         record(self, values, t, *rest)
 
     monkeypatch.setattr(data.Training, "record", spy)
     flags = [*TINY, "--batch-size", 16, "--iterations", 4, "--ema", 0.2, "--run", trained.parent / "step"]
     run_main(capsys, "--train", "--seed", 7, *flags, status=0, script=script)
     torch.manual_seed(data.seed("weights", 7))
-    average = unet.UNet(**weights(trained.parent / "step")["network"]).state_dict()["first.weight"]
+    net, name = network_of(script, weights(trained.parent / "step")["network"])
+    average = net.state_dict()[name]
     for W, d in zip(seen, (1 / 10, 2 / 11, 0.2, 0.2)):
-        average = average + (1 - d) * (W - average)
-    torch.testing.assert_close(created[0][1].state_dict()["first.weight"], average, rtol=0, atol=1e-6)
+        average = average + (1 - d) * (W[name] - average)
+    torch.testing.assert_close(created[0][1].state_dict()[name], average, rtol=0, atol=1e-6)
     assert norms == [1.0] * 4 and len(times) == 64 and 0 <= min(times) < 0.1 and 0.9 < max(times) <= 1
 
 
@@ -2244,14 +2883,17 @@ def test_demo_fits_its_time_budget(script):
     """
     settings = script.DEFAULTS["shapes"]
     with torch.device("meta"):
-        net, size = unet.UNet(**script.network_of(settings, 3)), settings["image_size"]
+        net, _ = network_of(script, script.network_of(settings, 3))
+        if script is pixel_aware:
+            net = script.costly(net, settings["heads"])
+        size = settings["image_size"]
         call = unet.flops(net, torch.randn(1, 3, size, size), torch.rand(1))
     assert 3 * call * settings["batch_size"] * settings["iterations"] < 25e12
 
 
 def test_imports_are_silent():
     """Importing any file prints nothing and does nothing. Catches work at import, and a file that must come first."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import angular, blurring, ddm, unet, data"
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import angular, blurring, ddm, pixel_aware, unet, data"
     quiet = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
@@ -2547,6 +3189,127 @@ def drawn(monkeypatch):
     return shown
 
 
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        ("", "passes 1, start noise, mode mean"),
+        ("--vae denoising --scale delta --predict eps --average heads --heads 0 --solver literal", "noise on"),
+        ("--scale delta --steps 3 --grid quadratic", "passes 3"),
+        ("--low 0.25 --start forward --heads 1", "start forward"),
+        ("--predict eps --solver literal --no-noise", "mode literal"),
+    ],
+)
+def test_pixel_aware_every_variant_is_a_command(flags, said, empty, capsys):
+    """Each variant of the README's tables trains and samples by flags alone, two network calls a pass, and says so.
+    Catches a combination that crashes.
+    """
+    common = ["--train", "--sample", "--n", 3, "--T", 12, "--latent", 32, *TINY, "--iterations", 2]
+    _, out, _ = run_main(capsys, *common, *flags.split(), status=0, script=pixel_aware)
+    assert said in out and f"network calls per image {6 if '--steps' in flags else 2}" in out
+    assert ("noise on" in out) == ("literal" in flags and "no-noise" not in flags)
+    saved = weights("runs/pixel_aware-shapes")
+    assert saved["network"]["T"] == 12 and saved["step"] == 2
+    assert Image.open("runs/pixel_aware-shapes/trajectory.png").width == 11 * 66 + 2  # of its twelve steps and the end
+
+
+def test_pixel_aware_forwarded_start_needs_the_images(empty, capsys):
+    """--start forward begins at a training image's own x_T, another one for every sample; --out too depends on the seed
+    and number alone. Catches noise in its place, and one image for all.
+    """
+    seen = []
+    sample = pixel_aware.sample
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(pixel_aware, "sample", lambda G, R, x, *a, **k: seen.append(x) or sample(G, R, x, *a, **k))
+    flags = ["--n", 3, "--T", 12, "--gamma", 0.5, "--latent", 32, *TINY, "--iterations", 1]
+    run_main(capsys, "--train", "--sample", "--start", "forward", *flags, status=0, script=pixel_aware)
+    monkey.undo()
+    images = pixel_aware.to_pixels(data.to_float(torch.from_numpy(data.shapes(20, 16)).double()))
+    x, fits = seen[0].flatten(1), []
+    for image in images.flatten(1):  # at γ = .5 most of an image is left: its own residual is the noise's alone
+        residual = (x - torch.exp(-0.25 * image) * image) / (1 - torch.exp(-0.5 * image)).sqrt()
+        fits.append(residual.square().mean(1))
+    best = torch.stack(fits).min(0)
+    assert ((best.values - 1).abs() < 0.2).all() and len({*best.indices.tolist()}) > 1
+    run_main(capsys, "--sample", "--start", "forward", "--n", 3, "--out", "pngs", status=0, script=pixel_aware)
+    first = (empty / "pngs" / "000001.png").read_bytes()
+    (empty / "pngs" / "000001.png").unlink()
+    run_main(capsys, "--sample", "--start", "forward", "--n", 3, "--out", "pngs", status=0, script=pixel_aware)
+    assert (empty / "pngs" / "000001.png").read_bytes() == first
+    _, _, err = run_main(capsys, "--sample", "--n", 3, "--out", "pngs", status=1, script=pixel_aware)
+    assert "another --out" in err
+
+
+def test_pixel_aware_wrong_flags_are_sentences(empty, capsys, monkeypatch):
+    """What can't go together is said before anything starts, exit 2. Catches a flag that is silently ignored."""
+    monkeypatch.setattr(data.Training, "__enter__", lambda *_: pytest.fail("the training began"))
+    for flags in (
+        "--train --noise",
+        "--train --steps 201",
+        "--train --grid quadratic",
+        "--train --gamma 0",
+        "--train --gamma 81",
+        "--train --low 0",
+        "--train --low 1",
+        "--train --T 0",
+        "--train --image-size 24",
+        "--train --image-size 2",
+        "--train --width 12",
+        "--train --solver euler",
+        "--train --forward",
+        "--forward --algorithm1",
+        "--forward --steps 3",
+        "--algorithm1 --iterations 9",
+        "--strips --out q",
+        "--estimates --steps 2",
+        "--estimates --kl 0",
+        "--forward --dropout 0",
+        "",
+    ):
+        _, _, err = run_main(capsys, *flags.split(), status=2, script=pixel_aware)
+        assert "Traceback" not in err and err.strip(), flags
+    assert not (empty / "runs").exists()
+
+
+def test_pixel_aware_figures(empty, capsys, drawn):
+    """Figure 2 and the picture of Algorithm 1 need no run; the strips and the estimates are a run's. The numbers are what
+    the figures say: a mean that falls and a variance that grows, an error of the closed form's size and one of nothing.
+    """
+    _, out, _ = run_main(capsys, "--forward", "--image-size", 32, status=0, script=pixel_aware)
+    curves = curves_of(empty / "pixel_aware-forward.csv")
+    ours, ddpm = curves["mean, pixel-aware"], curves["mean, DDPM"]
+    assert len(ours) == 201 and ours[0] == ddpm[0] > 0.1 and abs(ours[50:].mean()) < ddpm[50:].mean()
+    assert curves["variance, pixel-aware"][100] > curves["variance, DDPM"][100] + 0.2
+    run_main(capsys, "--algorithm1", "--T", 50, status=0, script=pixel_aware)
+    curves = curves_of(empty / "pixel_aware-algorithm1.csv")
+    names = [name for name in curves if name != "γ x₀"]
+    literal, silent, means, formula = (curves[name] for name in names)
+    np.testing.assert_allclose(literal, formula, rtol=0.35)  # 50 steps: the formula is of many
+    assert (silent < literal).all() and means.max() < 1e-9 and drawn[-4:] == [n.split(", ", 1)[1] for n in names]
+    assert Image.open(empty / "pixel_aware-algorithm1-images.png").size == (5 * 66 + 2, 4 * 66 + 2 + 14)
+    run_main(capsys, "--train", *TINY, "--T", 20, "--latent", 32, "--iterations", 1, status=0, script=pixel_aware)
+    for flags in ("--strips", "--strips --steps 2 --solver literal"):
+        run_main(capsys, *flags.split(), status=0, script=pixel_aware)
+        assert Image.open(empty / "runs/pixel_aware-shapes/strips.png").size == (11 * 66 + 2, 12 * 66 + 2 + 14)
+    _, out, _ = run_main(capsys, "--estimates", "--n", 5, status=0, script=pixel_aware)
+    table = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert [int(row[0]) for row in table] == [1, 5, 10, 20] and all(len(row) == 7 for row in table)
+    assert all(-1 <= float(v) <= 1 for row in table for v in row[1:4])
+    assert Image.open(empty / "runs/pixel_aware-shapes/estimates.png").size == (14 * 66 + 2, 5 * 66 + 2 + 14)
+
+
+def test_pixel_aware_presets_are_the_papers():
+    """--preset paper trains the paper's own: the scale, the noises, one encoder, all heads; 71.5 M and 145.5 M parameters
+    in the paper. Catches our defaults in the paper's name.
+    """
+    for dataset, T, gamma, millions in (("cifar10", 200, 20.0, 71.5), ("celeba", 500, 50.0, 145.5)):
+        known = {**pixel_aware.DEFAULTS[dataset], **pixel_aware.PAPER[dataset]}
+        assert (known["T"], known["gamma"], known["low"], known["heads"]) == (T, gamma, 0.004, 0)
+        assert (known["vae"], known["scale"], known["predict"]) == ("denoising", "delta", "eps")
+        with torch.device("meta"):
+            net = pixel_aware.PixelAware(**pixel_aware.network_of(known, 3))
+        assert 0.5 < sum(p.numel() for p in net.parameters()) / 1e6 / millions < 1.2
+
+
 def test_angular_figures_2_and_3(empty, capsys, monkeypatch):
     """--schedules writes its curves' numbers with or without matplotlib, and says how to get it. Catches a CSV that
     needs the picture, and numbers under another's name.
@@ -2720,7 +3483,7 @@ def test_two_processes_train_the_model_that_one_does(script, tmp_path):
         out, err = p.communicate(timeout=120)
         assert p.returncode == 0, err
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    start = unet.UNet(**a["network"]).state_dict()
+    start = network_of(script, a["network"])[0].state_dict()
     for name in a["model"]:
         torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-3, atol=2e-5, msg=name)
     assert a["step"] == b["step"] == 5 and len((tmp_path / "two" / "log.jsonl").read_text().splitlines()) == 1
