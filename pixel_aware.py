@@ -70,7 +70,7 @@ import unet
 
 # ------------------------------------------------------------------------------------------------------ 1 schedule
 
-LOW = 4e-3                                  # the least pixel value, where 0 would never fade
+LOW, GRIDS = 4e-3, ("uniform", "quadratic")         # the least pixel value, where 0 would never fade
 
 
 def like_image(i):
@@ -98,6 +98,15 @@ def alpha(x_delta, T):
     return torch.exp(x_delta.log() / T)                                                                 # Eq. 8
 
 
+def place(j, T, grid="uniform"):
+    """Where the trajectory's step j lies: at i = j, as in the paper, or ("quadratic") at i = j²/T. j: number or tensor.
+
+    With even steps the first alone adds noise of √(γ x₀/T), .22 at x₀ = .5 where γ/T is .1, and no way back can do
+    better than to take that out at once. All functions here take any real i in [0, T].
+    """
+    return j if grid == "uniform" else j * j / T
+
+
 def log_alpha_bar(x_delta, i, T):
     """-γ x₀ i/T. i: a number, or [B] of any type."""
     return like_image(i) * x_delta.log() / T
@@ -109,7 +118,7 @@ def alpha_bar(x_delta, i, T):
 
 
 def variance(x_delta, i, T):
-    """1 - ᾱ_i, by expm1: at i = 1 a dark pixel's is γ x₀/T = 4e-4, and in half precision 1 - ᾱ would be 0."""
+    """1 - ᾱ_i, by expm1: at i = 1 a dark pixel's is γ x₀/T = 4e-4, and in bfloat16 1 - ᾱ would be 0."""
     return -torch.expm1(log_alpha_bar(x_delta, i, T))
 
 
@@ -119,7 +128,7 @@ def growth(x_delta, i, T):
 
 
 def snr(x0, t, gamma):
-    """The signal to noise ratio at t in (0, 1]. (Eq. 10 prints e^{-γ t x₀/T}: with t = i/T that divides by T twice.)"""
+    """The signal to noise ratio at t in (0, 1]. This and the next three are the paper's claims: for the tests. (Eq. 10 prints e^{-γ t x₀/T}: with t = i/T that divides by T twice.)"""
     return x0 ** 2 / torch.expm1(gamma * t * x0)                                                        # Eq. 11, 16
 
 
@@ -162,16 +171,16 @@ def trajectory_noise(x0, gamma, T, generator=None, times=None):
     Wiener process, it is the sum of its increments, O(T). times: only these, [m] or [B, m], rising, at the cost of m.
     """
     times = torch.arange(1, T + 1, device=x0.device) if times is None else times
-    times = times.expand(len(x0), -1)[..., None, None, None].to(x0.dtype)
+    times = times.to(x0.dtype).expand(len(x0), -1)[..., None, None, None]
     before, rate = F.pad(times[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), gamma / T * x0[:, None]
     increments = torch.exp(rate * before) * torch.expm1(rate * (times - before))            # of u: no difference of
     steps = increments.sqrt() * data.randn(increments, generator)                           # two large numbers
     return steps.cumsum(1) / torch.expm1(rate * times).sqrt()
 
 
-def draw_trajectory(x0, i, heads, gamma, T, generator=None):
-    """(ε̃_i [B, C, H, W], ε̃_j for j of heads [B, m, C, H, W]) of one trajectory. i: [B]; heads: [m], rising."""
-    times, order = torch.cat([heads.expand(len(x0), -1), i[:, None]], 1).sort(1)
+def draw_trajectory(x0, i, times, gamma, T, generator=None):
+    """(ε̃_i [B, C, H, W], ε̃ at `times` [B, m, C, H, W]) of one trajectory. i: [B]; times: [m], rising."""
+    times, order = torch.cat([times.expand(len(x0), -1), i[:, None]], 1).sort(1)
     noise = trajectory_noise(x0, gamma, T, generator, times)
     noise = noise.gather(1, order.argsort(1)[..., None, None, None].expand_as(noise))
     return noise[:, -1], noise[:, :-1]
@@ -183,12 +192,13 @@ def diffuse(x0, eps, i, gamma, T):
     return alpha_bar(scale, i, T).sqrt() * x0 + variance(scale, i, T).sqrt() * eps                      # Eq. 9
 
 
-def expected_noise(eps, i, heads, x_delta, T):
-    """E[ε̃_j | x_i, x₀] = √(u_j/u_i) ε̃_i for j <= i of heads: [B, m, C, H, W]. All that x_i can tell of ε̃_j, if x₀ is
-    known: so what the heads can learn is one estimate of x₀, T times. eps: ε̃_i [B, C, H, W], or one for each head.
+def expected_noise(eps, i, times, x_delta, T):
+    """E[ε̃_j | x_i, x₀] = √(u_j/u_i) ε̃_i for the j <= i of times [m]: [B, m, C, H, W]. All that x_i can tell of ε̃_j, if
+    x₀ is known: so what the heads can learn is one estimate of x₀, T times. eps: ε̃_i [B, C, H, W], or one a head.
     """
     rate, eps = -x_delta.log()[:, None] / T, eps if eps.dim() == 5 else eps[:, None]
-    i, j = torch.as_tensor(i, device=eps.device).reshape(-1, 1, 1, 1, 1), heads[:, None, None, None]
+    i = torch.as_tensor(i, dtype=eps.dtype, device=eps.device).reshape(-1, 1, 1, 1, 1)
+    j = times.to(eps.dtype)[:, None, None, None]
     return (torch.expm1(rate * torch.minimum(i, j)) / torch.expm1(rate * i)).sqrt() * eps
 
 
@@ -251,22 +261,16 @@ class ScaleVAE(nn.Module):
         return self.last(h).float()
 
     def forward(self, xi, t, z, truth=None):
-        """(raw output, KL [B], raw output without the truth). z: [B, latent] ~ N(0, I)."""
+        """(raw output, KL [B] of the code's law from the prior). z: [B, latent] ~ N(0, I); truth: in training alone."""
         emb = self.time(unet.time_embedding(t, 128))
-        mean, log_variance = self.prior(xi, emb)
-        alone = mean + torch.exp(log_variance / 2) * z
+        mean, log_variance = prior = self.prior(xi, emb)
         if self.posterior is None:
-            kl = (mean ** 2 + log_variance.exp() - log_variance - 1).sum(1) / 2                 # from N(0, I)
-            raw = self.decode(alone, emb)
-            return raw, kl, raw
-        if truth is None:
-            raw = self.decode(alone, emb)
-            return raw, raw.new_zeros(len(xi)), raw
-        m, v = self.posterior(torch.cat([xi, truth], 1), emb)
-        kl = (log_variance - v + ((m - mean) ** 2 + v.exp()) * torch.exp(-log_variance) - 1).sum(1) / 2
-        with torch.no_grad():
-            untold = self.decode(alone, emb)
-        return self.decode(m + torch.exp(v / 2) * z, emb), kl, untold
+            prior = torch.zeros_like(mean), torch.zeros_like(mean)
+        elif truth is not None:
+            mean, log_variance = self.posterior(torch.cat([xi, truth], 1), emb)
+        off = (mean - prior[0]) ** 2 + log_variance.exp()
+        kl = (prior[1] - log_variance + off * torch.exp(-prior[1]) - 1).sum(1) / 2
+        return self.decode(mean + torch.exp(log_variance / 2) * z, emb), kl
 
 
 class Heads(nn.Module):
@@ -291,48 +295,59 @@ class Heads(nn.Module):
         return z.unflatten(1, (m, self.channels))
 
 
-class PixelAware(nn.Module):
-    """Both networks, and the one place where their outputs get their meaning. `forward` is for training, G and R for
-    sampling. scale, predict: what the VAE and the heads are asked for (`read_scale`, `read_heads`).
+class ParallelUNet(nn.Module):
+    """R_φ(x_i, x̂_δ, i): the shared U-Net, with x̂_δ and its logarithm fused into every level, and the heads. Returns the
+    outputs of `heads` [m], [B, m, C, H, W], before `read_heads` makes noises of them.
     """
 
-    def __init__(self, channels, size, width, mult, blocks, attention, dropout, T, gamma, low, latent, vae, scale,
+    def __init__(self, channels, size, width, mult, blocks, attention, dropout, T, gamma):
+        super().__init__()
+        self.gamma, seen = gamma, 2 * channels
+        self.trunk = unet.UNet(channels, (), width, mult, blocks, attention, dropout, size, condition=seen)
+        self.P = nn.Sequential(nn.Linear(128, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+        self.H, self.norm, self.heads = unet.Fusion(seen, width), unet.norm(width), Heads(width, channels, T)
+
+    def forward(self, xi, scale, t, heads):
+        seen = torch.cat([2 * scale - 1, -2 * scale.log() / self.gamma - 1], 1)                 # both in [-1, 1]
+        h = self.trunk.features(xi, t, seen)[0]
+        h = self.H(h, seen) + self.P(unet.time_embedding(t, 128))[:, :, None, None]
+        return self.heads(F.silu(self.norm(h)), heads).float()                                          # Eq. 14
+
+
+class PixelAware(nn.Module):
+    """Both networks. scale, predict: what the VAE and the heads are asked for; only `read_scale` and `read_heads` know
+    what that makes of their outputs.
+    """
+
+    def __init__(self, channels, size, width, mult, blocks, attention, dropout, T, gamma, low, grid, latent, vae, scale,
                  predict):
         super().__init__()
-        self.gamma, self.low, self.T, self.scale, self.predict = gamma, low, T, scale, predict
+        self.gamma, self.low, self.T, self.grid, self.scale, self.predict = gamma, low, T, grid, scale, predict
         self.vae = ScaleVAE(channels, size, width, latent, vae == "conditional")
-        self.trunk = unet.UNet(channels, (), width, mult, blocks, attention, dropout, size, condition=2 * channels)
-        self.P = nn.Sequential(nn.Linear(128, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        self.H = unet.Fusion(2 * channels, width)
-        self.before, self.heads = nn.Sequential(unet.norm(width), nn.SiLU()), Heads(width, channels, T)
+        self.parallel = ParallelUNet(channels, size, width, mult, blocks, attention, dropout, T, gamma)
 
-    def G(self, xi, t, z):
-        """x̂_δ [B, C, H, W], in x_i's precision, from x_i, t = i/T [B] and a code's noise z [B, latent]."""
-        raw = self.vae(xi.float(), t.float(), z.float())[0].to(xi.dtype)
-        return read_scale(raw, self.scale, self.gamma, self.low)
-
-    def raw(self, xi, scale, t, heads):
-        condition = torch.cat([2 * scale - 1, -2 * scale.log() / self.gamma - 1], 1)    # x̂_δ, and its image
-        h = self.trunk.features(xi, t, condition)[0]
-        h = self.H(h, condition) + self.P(unet.time_embedding(t, 128))[:, :, None, None]
-        return self.heads(self.before(h), heads).float()                                                # Eq. 14
-
-    def R(self, xi, scale, t):
-        """Z [B, T, C, H, W], of which Z[:, j-1] is Z^j: 0 for j > i."""
-        heads = torch.arange(1, self.T + 1, device=xi.device)
-        raw = self.raw(xi.float(), scale.float(), t.float(), heads).to(xi.dtype)
-        i = (t * self.T).round()
-        return read_heads(raw, xi, scale, i, heads, self.T, self.gamma, self.predict)
-
-    def forward(self, xi, t, z, truth, told, heads):
-        """(the VAE's raw output, its KL, the x̂_δ that R_φ was shown, the heads' raw outputs [B, m, C, H, W]).
-
-        told: [B], whether R_φ is shown the estimate of the posterior's code, or of the prior's, as in sampling.
+    def forward(self, xi, t, z, truth, heads):
+        """(the VAE's raw output, its KL, x̂_δ, the heads' raw outputs [B, m, C, H, W]). For training: x̂_δ is made with the
+        posterior's code, so that R_φ learns to trust it, and passes no gradient on.
         """
-        raw, kl, alone = self.vae(xi, t, z, truth)
-        shown = torch.where(like_image(told), raw, alone).detach()
-        scale = read_scale(shown, self.scale, self.gamma, self.low)
-        return raw, kl, scale, self.raw(xi, scale, t, heads)
+        raw, kl = self.vae(xi, t, z, truth)
+        scale = read_scale(raw.detach(), self.scale, self.gamma, self.low)
+        return raw, kl, scale, self.parallel(xi, scale, t, heads)
+
+
+class Noises:
+    """R_φ's Z: Z[:, j-1] is Z^j, made of the heads' raw outputs [B, T, C, H, W] when it is asked for. (All T of them at
+    once, in float64, would be 6 GB for 128 images of 64x64 and T = 500.)
+    """
+
+    def __init__(self, net, raw, xi, scale, t):
+        j = (net.T * (t if net.grid == "uniform" else t.sqrt())).round().to(xi.dtype)
+        self.net, self.raw, self.seen = net, raw, (xi, scale, place(j, net.T, net.grid))
+
+    def __getitem__(self, index):
+        (xi, scale, i), net, j = self.seen, self.net, index[1] + 1
+        raw, time = self.raw[:, j - 1:j].to(xi.dtype), xi.new_full((1,), place(j, net.T, net.grid))
+        return read_heads(raw, xi, scale, i, time, net.T, net.gamma, net.predict)[:, 0]
 
 
 def read_scale(raw, scale, gamma, low=LOW):
@@ -344,7 +359,7 @@ def read_scale(raw, scale, gamma, low=LOW):
     return raw.clamp(math.exp(-gamma), math.exp(-gamma * low))
 
 
-SPREAD = 0.1                                # the standard deviation of x₀ - x̂₀, where x̂₀ is x̂_δ's image
+SPREAD = 0.1            # the standard deviation of x₀ - x̂₀, x̂₀ the image of x̂_δ: about what the VAE's squared errors are
 
 
 def guess(xi, scale, i, T, gamma):
@@ -354,8 +369,8 @@ def guess(xi, scale, i, T, gamma):
     return x0 + kept.sqrt() * SPREAD ** 2 / both * (xi - kept.sqrt() * x0), SPREAD * (added / both).sqrt()
 
 
-def read_heads(raw, xi, scale, i, heads, T, gamma, predict):
-    """Z from the heads' outputs. raw: [B, m, C, H, W]; scale: x̂_δ; i: [B]; heads: [m]. M_j masks the heads j > i.
+def read_heads(raw, xi, scale, i, times, T, gamma, predict):
+    """Z from the outputs of the heads of `times` [m]. raw: [B, m, C, H, W]; scale: x̂_δ; i: [B]. M_j masks those > i.
 
     predict: "eps", the noises themselves, as in the paper; or "x0": what to add to `guess`, in its standard deviations,
     to get the image; Z^j is then the noise that goes with that image.
@@ -364,45 +379,44 @@ def read_heads(raw, xi, scale, i, heads, T, gamma, predict):
         mean, std = guess(xi, scale, i, T, gamma)
         x0 = mean[:, None] + std[:, None] * raw
         kept, added = alpha_bar(scale, i, T)[:, None], variance(scale, i, T)[:, None]
-        raw = expected_noise((xi[:, None] - kept.sqrt() * x0) / added.sqrt(), i, heads, scale, T)
-    return raw * (heads <= i[:, None])[..., None, None, None]                                           # Eq. 14
+        raw = expected_noise((xi[:, None] - kept.sqrt() * x0) / added.sqrt(), i, times, scale, T)
+    return raw * (times <= i[:, None])[..., None, None, None]                                                    # Eq. 14
 
 
-def head_weights(i, heads, average="examples"):
+def head_weights(i, times, average="examples"):
     """[B, m], by which a mean over the batch of the weighted sums over heads is a mean over the active ones, j <= i.
-    i: [B], of the whole batch; heads: [m].
+    i: [B], of the whole batch; times: [m], of the heads.
 
     average: "examples", every example's mean over its active heads; or "heads", every head's mean over the examples in
     which it is active. (A mean over all would leave head T, active in one of T examples, 1/T of the first head's share.)
     """
-    active = (heads <= i[:, None]).float()
+    active = (times <= i[:, None]).float()
     if average == "examples":
         return active / active.sum(1, keepdim=True).clamp(min=1)
     count = active.sum(0)
     return active / count.clamp(min=1) * len(i) / (count > 0).sum().clamp(min=1)
 
 
-def loss(model, x0, i, eps_i, eps, weights, told, z, heads, T, gamma, scale="image", predict="x0", kl=0.02):
-    """The loss per example, [B], of both networks. x0: [B, C, H, W] in [low, 1]; eps_i, eps: `draw_trajectory`'s;
-    weights: [B, m]; told: [B]; z: [B, latent]. The VAE's: its squared error, and kl times the KL over the number of
-    pixels; the heads' sends it no gradient.
+def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", predict="x0", kl=0.02):
+    """The loss per example, [B], of both networks. x0: [B, C, H, W] in [low, 1]; eps_i, eps: `draw_trajectory`'s, of
+    which predict="x0" needs the first alone; weights: [B, m]; z: [B, latent]; heads: [m]. The VAE's: its squared error,
+    and kl times the KL over the number of pixels.
     """
     xi = diffuse(x0, eps_i, i, gamma, T)
     truth = x_delta(x0, gamma) if scale == "delta" else x0
-    raw, divergence, shown, out = model(xi, i / T, z, truth, told, heads)
-    if predict == "x0":
-        mean, std = guess(xi, shown, i, T, gamma)
-        eps = ((x0 - mean) / std)[:, None]
-    error = (out - eps).square().flatten(2).mean(2)                                                     # Eq. 15
+    raw, divergence, shown, out = model(xi, i / T, z, truth, heads)
+    mean, std = guess(xi, shown, i, T, gamma)
+    target = eps if predict == "eps" else ((x0 - mean) / std)[:, None]
+    error = (out - target).square().flatten(2).mean(2)                                                     # Eq. 15
     return ((weights * error).sum(1) + (raw - truth).square().flatten(1).mean(1)
             + kl * divergence / x0[0].numel())
 
 
 # ------------------------------------------------------------------------------------------------------- 4 sampler
 
-def reverse(xi, i, x_delta, Z, T, mode="mean", generator=None, *, low=LOW, noise=True, watch=None):
-    """From x_i to x̂₀ by the T noises that one pass has named. xi: [B, C, H, W]; i: a whole number or [B]; x_delta:
-    x̂_δ; Z: [B, T, C, H, W], Z[:, j-1] is Z^j. watch(j, x̂_j, x̂₀ as Z^j has it): called before every step.
+def reverse(xi, i, x_delta, Z, T, mode="mean", generator=None, *, low=LOW, grid="uniform", noise=True, watch=None):
+    """From x_i to x̂₀ by the T noises that one pass has named. xi: [B, C, H, W]; i: the number of the step, or [B];
+    x_delta: x̂_δ; Z: [B, T, C, H, W], Z[:, j-1] is Z^j. watch(j, x̂_j, x̂₀ as Z^j has it): called before every step.
 
     mode "literal": Algorithm 1. Each Z^j was made for the x_j of the forward path, not for x̂_j, and nothing brings x̂_j
     back: with the true ε̃_j it does not reconstruct, but ends √(2(e^{γ x₀} - 1)) away (noise=False: without its fresh
@@ -413,56 +427,46 @@ def reverse(xi, i, x_delta, Z, T, mode="mean", generator=None, *, low=LOW, noise
         raise ValueError(f"there is no mode {mode}")
     x, first = xi, int(torch.as_tensor(i).max())
     for j in range(first, 0, -1):
-        z, left = Z[:, j - 1], variance(x_delta, j, T).sqrt()
-        x0 = ((x - left * z) / alpha_bar(x_delta, j, T).sqrt()).clamp(low, 1)
+        z, here, there = Z[:, j - 1], place(j, T, grid), place(j - 1, T, grid)
+        left = variance(x_delta, here, T).sqrt()
+        x0 = ((x - left * z) / alpha_bar(x_delta, here, T).sqrt()).clamp(low, 1)
         if watch:
             watch(j, x, x0)
-        if mode == "mean":
-            y = posterior(x, x0, x_delta, j, j - 1, T)[0]
-        else:
-            y = (x - variance(x_delta, 1, T) / left * z) / alpha(x_delta, T).sqrt()                     # Eq. 4
+        y, beta = posterior(x, x0, x_delta, here, there, T)
+        if mode == "literal":
+            y = (x - variance(x_delta, here - there, T) / left * z) / alpha_bar(x_delta, here - there, T).sqrt()    # Eq. 4
             if noise and j > 1:
-                beta = posterior(x, x0, x_delta, j, j - 1, T)[1]
                 y = y + beta.sqrt() * data.randn(y, generator)                                          # Eq. 6
         x = torch.where(like_image(i) >= j, y, x) if torch.is_tensor(i) else y
     return x
-
-
-def passes_of(passes, T, grid="uniform"):
-    """The steps i at which the networks look, T first, and a last 0; strictly falling. Raises ValueError."""
-    if not 1 <= passes <= T or grid not in ("uniform", "quadratic"):
-        raise ValueError(f"a trajectory of {T} steps has no {passes} passes on the grid {grid}")
-    times = [0]
-    for k in range(1, passes + 1):
-        u = k / passes
-        times.append(max(times[-1] + 1, round(T * (u * u if grid == "quadratic" else u))))
-    return times[::-1]
 
 
 @torch.no_grad()
 def sample(G, R, x, passes=1, *, gamma, T, mode="mean", generator=None, low=LOW, grid="uniform", noise=True,
            watch=None):
     """From x_T [B, C, H, W] to images in [-1, 1]: `passes` calls of G(x_i, t, generator) -> x̂_δ and as many of
-    R(x_i, x̂_δ, t) -> Z.
+    R(x_i, x̂_δ, t) -> Z, at evenly many of the trajectory's steps.
 
     One pass is Algorithm 1. Each of several goes all the way to its x̂₀ and jumps from there to the next one's x_s, by
     q(x_s | x_i, x̂₀), with the schedule that x̂₀ itself implies. watch(t, x, x̂₀): called T times, before every step down
     to x_s, and at last with t = 0 and the image. Raises ValueError.
     """
-    times = passes_of(passes, T, grid)
-    for i, s in zip(times, times[1:]):
-        def look(j, x, x0):
-            if watch and j > s:
-                watch(j / T, from_pixels(x, low), from_pixels(x0, low))
+    if not 1 <= passes <= T or grid not in GRIDS:
+        raise ValueError(f"a {grid} trajectory of {T} steps has no {passes} passes")
+    stops = [round(T * (1 - k / passes)) for k in range(passes + 1)]
+    for j, s in zip(stops, stops[1:]):
+        def look(k, x, x0):
+            if watch and k > s:
+                watch(place(k, T, grid) / T, from_pixels(x, low), from_pixels(x0, low))
 
-        t = x.new_full((len(x),), i / T)
+        i, t = place(j, T, grid), x.new_full((len(x),), place(j, T, grid) / T)
         scale = G(x, t, generator)
-        x0 = reverse(x, i, scale, R(x, scale, t), T, mode, generator, low=low, noise=noise, watch=look)
+        x0 = reverse(x, j, scale, R(x, scale, t), T, mode, generator, low=low, grid=grid, noise=noise, watch=look)
         if s == 0:
             x = from_pixels(x0, low)
         else:
             x0 = x0.clamp(low, 1)
-            mean, spread = posterior(x, x0, x_delta(x0, gamma), i, s, T)
+            mean, spread = posterior(x, x0, x_delta(x0, gamma), i, place(s, T, grid), T)
             x = mean + spread.sqrt() * data.randn(x, generator)
     if watch:
         watch(0.0, x, x)
@@ -479,24 +483,24 @@ def train(run, settings, checkpoint, args, processes):
     (net, ema, optimizer), images, mine = training.parts.values(), training.images, training.mine
     device, batch, iterations = processes.device, settings["batch_size"], settings["iterations"]
     T, gamma, m = settings["T"], settings["gamma"], min(settings["heads"] or settings["T"], settings["T"])
-    unet.warn_cost(costly(net, m), images.shape[1:], batch, iterations - training.start, processes)
+    unet.warn_cost(predictor(costly(net, m), args, processes), images.shape[1:], batch, iterations - training.start, processes)
     model = predictor(unet.parallel(net, device, processes.world, args.compile), args, processes)
     method = {key: settings[key] for key in ("T", "gamma", "scale", "predict", "kl")}
 
     with training:
         for step, draw in training:
             x0 = to_pixels(data.draw_batch(images, batch, draw), settings["low"])
-            i = draw_steps(batch, T, draw)
+            i = place(torch.randint(1, T + 1, (batch,), generator=draw, device=device).float(), T, settings["grid"])
             heads = draw_heads(m, T, draw)
-            eps_i, eps = draw_trajectory(x0, i, heads, gamma, T, draw)
-            told = torch.rand(batch, generator=draw, device=device) < i / T
+            times = place(heads.float(), T, settings["grid"])
+            eps_i, eps = draw_trajectory(x0, i, times if settings["predict"] == "eps" else times[:0], gamma, T, draw)
             z = torch.randn(batch, settings["latent"], generator=draw, device=device)
-            weights = head_weights(i, heads, settings["average"])
+            weights = head_weights(i, times, settings["average"])
 
-            values = loss(model, *(each[mine] for each in (x0, i, eps_i, eps, weights, told, z)), heads, **method)
+            values = loss(model, *(each[mine] for each in (x0, i, eps_i, eps, weights, z)), heads, **method)
             optimizer.zero_grad(set_to_none=True)
             values.mean().backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            grad_norm = sum(torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0) for part in (net.vae, net.parallel))
             optimizer.step()
 
             decay = min(settings["ema"], (1 + step) / (10 + step))      # short at first: young weights are no use
@@ -505,25 +509,21 @@ def train(run, settings, checkpoint, args, processes):
             training.record(values, i[mine] / T, grad_norm, settings["lr"])
 
 
-def draw_steps(n, T, generator):
-    """n training steps i [B] in 1 ... T: T u², u uniform, so that half of them are in the first quarter."""
-    u = torch.rand(n, generator=generator, device=generator.device)
-    return (T * u ** 2).ceil().clamp(min=1).long()
-
-
 def draw_heads(m, T, generator):
-    """m of the heads 1 ... T, rising: the first, which every example has, and others with odds 1/j."""
+    """m > 1 of the heads 1 ... T, rising: the first, which every example has, and others with odds 1/√j, for only these
+    have examples of small i. (Adam makes up for a head's being drawn less often, by and large.)
+    """
     rest = torch.arange(2, T + 1, device=generator.device)
-    if m < T and m > 1:
-        rest = rest[torch.multinomial(1 / rest, m - 1, generator=generator).sort()[0]]
-    return F.pad(rest[:m - 1] if m < T else rest, (1, 0), value=1)
+    if m < T:
+        rest = rest[torch.multinomial(rest ** -0.5, m - 1, generator=generator).sort()[0]]
+    return F.pad(rest, (1, 0), value=1)
 
 
 def costly(net, m):
     """What a training step computes, of (x, t), for `unet.warn_cost`."""
     def call(x, t):
         heads = torch.arange(1, m + 1, device=x.device)
-        return net(x, t, x.new_zeros(len(x), net.vae.first.in_features), x, t > 0.5, heads)
+        return net(x, t, x.new_zeros(len(x), net.vae.first.in_features), x, heads)
     return call
 
 
@@ -556,15 +556,23 @@ def trained_models(run, settings, checkpoint, args, processes, n):
     net = create(network, processes.device)[1]
     data.restore(run, checkpoint, ema=net)
     x = unet.batch_like(n, network, processes.device)
-    xi, z = wide(x), x.new_zeros(len(x), settings["latent"])
-    scale, t = torch.full_like(xi, math.exp(-settings["gamma"] / 2)), xi.new_ones(len(x))
-    G = unet.fast(predictor(lambda *inputs: (net.G(*inputs),), args, processes), xi, t, z)
-    R = unet.fast(predictor(lambda *inputs: (net.R(*inputs),), args, processes), xi, scale, t)
+    x = x[:max(1, 100 * len(x) // max(100, net.T))]                             # T heads' outputs are many
+    heads, t, z = torch.arange(1, net.T + 1, device=x.device), x.new_ones(len(x)), x.new_zeros(len(x), settings["latent"])
 
-    def draw_scale(xi, t, generator):
-        return G(xi, t, data.randn(z[:1].expand(len(xi), -1), generator))[0]
+    def fast(call, *inputs):
+        return unet.fast(predictor(call, args, processes), *inputs)
 
-    return draw_scale, lambda *inputs: R(*inputs)[0], x
+    vae = fast(lambda *inputs: net.vae(*inputs)[:1], x, t, z)
+    raw = fast(lambda *inputs: (net.parallel(*inputs, heads),), x, torch.full_like(x, math.exp(-net.gamma / 2)), t)
+
+    def G(xi, t, generator):
+        out = vae(xi.float(), t.float(), data.randn(z[:1].expand(len(xi), -1), generator))[0]
+        return read_scale(out.to(xi.dtype), net.scale, net.gamma, net.low)
+
+    def R(xi, scale, t):
+        return Noises(net, raw(xi.float(), scale.float(), t.float())[0], xi, scale, t)
+
+    return G, R, x
 
 
 def solver_of(settings, args):
@@ -572,12 +580,14 @@ def solver_of(settings, args):
     passes, mode = args.steps or 1, args.solver or "mean"
     if args.noise is not None and mode == "mean":
         raise ValueError("--noise and --no-noise are for --solver literal: mean draws none")
-    options = {"mode": mode, "grid": args.grid or "uniform", "noise": args.noise is not False,
-               **{key: settings[key] for key in ("gamma", "T", "low")}}
-    if args.grid and passes == 1:
-        raise ValueError("--grid is for several passes: add --steps")
-    passes_of(passes, options["T"], options["grid"])
-    return passes, options
+    if settings["gamma"] * settings["low"] < 1e-4:
+        raise ValueError("--gamma times --low must be at least 1e-4: black would not fade at all")
+    if settings["heads"] == 1 < settings["T"]:
+        raise ValueError("--heads 1 would train the first head alone: 0 is all of them")
+    if passes > settings["T"]:
+        raise ValueError(f"a trajectory of {settings['T']} steps has no {passes} passes")
+    return passes, {"mode": mode, "noise": args.noise is not False,
+                    **{key: settings[key] for key in ("gamma", "T", "low", "grid")}}
 
 
 def training_images(images, generators, low, device):
@@ -610,9 +620,10 @@ def write_samples(run, settings, checkpoint, args, processes):
 
 
 def ssim(a, b):
-    """The mean structural similarity of Wang et al. (2004), [B]: a Gaussian window, 11 wide, σ = 1.5; values to 1."""
-    window = torch.exp(-torch.arange(-5, 6, dtype=a.dtype, device=a.device) ** 2 / 4.5)
-    window = (window.outer(window) / window.sum() ** 2).expand(a.shape[1], 1, 11, 11)
+    """The mean structural similarity of Wang et al. (2004), [B]: a Gaussian window, 11 wide (if that fits), σ = 1.5."""
+    k = min(5, (min(a.shape[-2:]) - 1) // 2)
+    window = torch.exp(-torch.arange(-k, k + 1, dtype=a.dtype, device=a.device) ** 2 / 4.5)
+    window = (window.outer(window) / window.sum() ** 2).expand(a.shape[1], 1, -1, -1)
     A, B, AA, BB, AB = (F.conv2d(x, window, groups=a.shape[1]) for x in (a, b, a * a, b * b, a * b))
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     luminance = (2 * A * B + c1) / (A * A + B * B + c1)
@@ -651,7 +662,7 @@ def write_forward(run, settings, checkpoint, args, processes):
     data.curves("pixel_aware-forward", ("i", [*range(settings["T"] + 1)]), panels)
 
 
-def write_algorithm1(run, settings, checkpoint, args, processes, side=64):
+def write_algorithm1(run, settings, checkpoint, args, processes, side=40):
     """What Algorithm 1 makes of noises that are known: its error against γ x₀, and the closed form's, with the true ε̃_j and
     with E[ε̃_j | x_T, x₀], on flat images; and four training images: pixel_aware-algorithm1.csv, .png and -images.png.
     """
@@ -672,30 +683,33 @@ def write_algorithm1(run, settings, checkpoint, args, processes, side=64):
               for name, x in tries(flat, data.image_generators(settings["seed"], range(len(values))))[1].items()}
     errors["√(2(e^γx₀ - 1))"] = (2 * torch.expm1(gamma * values)).sqrt().tolist()
     title = "root mean square error of x̂₀"
-    x0, generators = shown_images(settings, args, processes, 4)
-    xT, images = tries(x0, generators)
-    columns = torch.stack([x0, xT, *images.values()], 1).flatten(0, 1)
-    picture = data.picture(data.to_uint8(from_pixels(columns, settings["low"])), 5, ("x_0", "x_T", "literal", "no noise", "means"))
+    x0, generators, rows = *shown_images(settings, args, processes, 4), []
+    for one, generator in zip(x0.split(1), generators):
+        xT, images = tries(one, [generator])
+        rows += [one, xT, *images.values()]
+    labels = ("x_0", "x_T", "literal", "no noise", "means")
+    picture = data.picture(data.to_uint8(from_pixels(torch.cat(rows), settings["low"])), 5, labels)
     data.save_png(picture, "pixel_aware-algorithm1-images.png")
     print("wrote pixel_aware-algorithm1-images.png")
     data.curves("pixel_aware-algorithm1", ("γ x₀", (gamma * values).tolist()), {title: errors}, log=(title,))
 
 
 def write_strips(run, settings, checkpoint, args, processes):
-    """Figures 7 and 8: strips.png. For each of three training images: forward, DDPM's forward, and the way back from
+    """Figures 7 and 8: strips.png. For each of up to three training images: forward, DDPM's forward, and the way back from
     x_T, above x̂₀ on the way.
     """
     passes, options = solver_of(settings, args)
     G, R, x = trained_models(run, settings, checkpoint, args, processes, 3)
     x0, generators = shown_images(settings, args, processes, len(x))
-    T, back = settings["T"], []
+    T, grid, back = settings["T"], settings["grid"], []
     (ours, theirs), shown = both_ways(x0, settings, generators), [round(T * k / 10) for k in range(11)]
     sample(G, R, ours[-1], passes, generator=generators, watch=lambda *frame: back.append(frame[1:]), **options)
     back = back[::-1]                                                   # T + 1 frames, from the image to x_T
-    rows = [[from_pixels(path[i], settings["low"]) for i in shown] for path in (ours, theirs)]
-    rows += [[back[i][k] for i in shown] for k in (0, 1)]
+    places = [round(place(j, T, grid)) for j in shown]
+    rows = [[from_pixels(path[i], settings["low"]) for i in places] for path in (ours, theirs)]
+    rows += [[back[j][k] for j in shown] for k in (0, 1)]
     images = torch.stack([frame[b] for b in range(len(x)) for row in rows for frame in row])
-    data.save_png(data.picture(data.to_uint8(images), 11, [f"i={i}" for i in shown]), run / "strips.png")
+    data.save_png(data.picture(data.to_uint8(images), 11, [f"i={i}" for i in places]), run / "strips.png")
     print(f"wrote {run}/strips.png: for each image x_i forward, DDPM's, and x_i and x̂₀ on the way back")
 
 
@@ -705,22 +719,24 @@ def write_estimates(run, settings, checkpoint, args, processes):
     """
     G, R, x = trained_models(run, settings, checkpoint, args, processes, args.n)
     x0, generators = shown_images(settings, args, processes, args.n)
-    T, gamma, low = (settings[key] for key in ("T", "gamma", "low"))
-    noise, truth, rows = data.randn(x0, generators), x_delta(x0, gamma), []
+    T, gamma, low, grid = (settings[key] for key in ("T", "gamma", "low", "grid"))
+    noise, truth = data.randn(x0, generators), x_delta(x0, gamma)
     rows, labels = [from_pixels(x0, low), 2 * truth - 1], ["x_0", "x_delta"]
     print("     i   SSIM of x̂_δ   of ᾱ_i   of x̂₀   root mean square error of x̂_δ   of its image   of x̂₀")
-    for i in sorted({max(1, round(T * share)) for share in (0.05, 0.25, 0.5, 1)}):
+    for j in sorted({max(1, round(T * share)) for share in (0.05, 0.25, 0.5, 1)}):
+        i = place(j, T, grid)
         xi, parts = diffuse(x0, noise, i, gamma, T), []
         for part in torch.arange(len(x0)).split(len(x)):
             t = x0.new_full((len(part),), i / T)
             scale = G(xi[part], t, [generators[k] for k in part])
-            parts.append((scale, reverse(xi[part], i, scale, R(xi[part], scale, t), T, low=low)))
+            parts.append((scale, reverse(xi[part], j, scale, R(xi[part], scale, t), T, low=low, grid=grid)))
         scale, back = (torch.cat(these) for these in zip(*parts))
-        same = [ssim(*pair).mean().item() for pair in ((scale, truth), (alpha_bar(scale, i, T), alpha_bar(truth, i, T)), (back, x0))]
+        pairs = (scale, truth), (alpha_bar(scale, i, T), alpha_bar(truth, i, T)), (back, x0)
+        same = [ssim(*pair).mean().item() for pair in pairs]
         off = [e.square().mean().sqrt().item() for e in (scale - truth, -scale.log() / gamma - x0, back - x0)]
-        print(f"{i:6} {same[0]:13.3f} {same[1]:8.3f} {same[2]:7.3f} {off[0]:29.3f} {off[1]:14.3f} {off[2]:7.3f}")
+        print(f"{i:6.4g} {same[0]:13.3f} {same[1]:8.3f} {same[2]:7.3f} {off[0]:29.3f} {off[1]:14.3f} {off[2]:7.3f}")
         rows += [from_pixels(xi, low), 2 * scale - 1, from_pixels(back, low)]
-        labels += [f"x_{i}", "estimate", "x_0 back"]
+        labels += [f"x_{i:.3g}", "estimate", "x_0 back"]
     images = torch.stack(rows, 1)[:8].flatten(0, 1)
     data.save_png(data.picture(data.to_uint8(images), len(labels), labels), run / "estimates.png")
     print(f"wrote {run}/estimates.png")
@@ -728,23 +744,22 @@ def write_estimates(run, settings, checkpoint, args, processes):
 
 # -------------------------------------------------------------------------------------------------- 6 command line
 
-COMMON = dict(T=200, gamma=20.0, low=LOW, heads=20, latent=512, vae="conditional", scale="image", predict="x0", kl=0.02,
+COMMON = dict(T=200, gamma=20.0, low=LOW, grid="quadratic", heads=20, latent=512, vae="conditional", scale="image", predict="x0", kl=0.02,
               average="examples", seed=0)
 DEFAULTS = {dataset: {**sizes, **COMMON} for dataset, sizes in unet.COMPACT.items()}
 DEFAULTS["shapes"] |= dict(iterations=900)
-for dataset in ("celeba", "celebahq", "lsun-church", "folder"):
-    DEFAULTS[dataset] |= dict(T=500, gamma=50.0)
-PAPER = {"cifar10": dict(T=200, gamma=20.0, heads=0, average="heads", vae="denoising", scale="delta", predict="eps", width=128,
+DEFAULTS |= {name: {**DEFAULTS[name], "T": 500, "gamma": 50.0}
+             for name in ("celeba", "celebahq", "lsun-church", "folder")}
+PAPER = {"cifar10": dict(T=200, gamma=20.0, heads=0, grid="uniform", average="heads", vae="denoising", scale="delta", predict="eps", width=128,
                          mult=(1, 2, 2, 2), blocks=2, batch_size=128, lr=1e-4, iterations=1_500_000),
-         "celeba": dict(T=500, gamma=50.0, heads=0, average="heads", vae="denoising", scale="delta", predict="eps", image_size=128,
+         "celeba": dict(T=500, gamma=50.0, heads=0, grid="uniform", average="heads", vae="denoising", scale="delta", predict="eps", image_size=128,
                         width=128, mult=(1, 1, 2, 2, 4), blocks=2, batch_size=16, lr=2e-4, iterations=1_500_000)}
-NETWORK = ("width", "mult", "blocks", "attention", "dropout", "T", "gamma", "low", "latent", "vae", "scale", "predict")
+NETWORK = ("width", "mult", "blocks", "attention", "dropout", "T", "gamma", "low", "grid", "latent", "vae", "scale", "predict")
 
 FIGURES = {"forward": (write_forward, "dataset data_dir image_size T gamma low seed"),      # and the flags each heeds
            "algorithm1": (write_algorithm1, "dataset data_dir image_size T gamma low seed"),
-           "strips": (write_strips, "run dataset data_dir seed steps solver noise grid"),
+           "strips": (write_strips, "run dataset data_dir seed steps solver noise"),
            "estimates": (write_estimates, "run dataset data_dir seed n")}
-ALWAYS = ("n", "device", "precision", "save_every")
 
 
 def arguments(argv=None):
@@ -756,10 +771,12 @@ def arguments(argv=None):
     add("--strips", action="store_true", help="draw Figures 7 and 8, of a run: forward and back")
     add("--estimates", action="store_true", help="draw Figures 3 and 6, of a run, and say how near its estimates are")
     add = group["method"].add_argument
-    add("--T", type=data.number(int, 1, 10_000), metavar="N", help="steps of the trajectory, and heads of R")
+    add("--T", type=data.number(int, 1, 5000), metavar="N", help="steps of the trajectory, and heads of R")
     add("--gamma", type=data.number(float, 0, 80, above=True), help="how fast pixels fade, up to 80: e^-γ is left of 1")
     add("--low", type=data.number(float, 0, 0.9, above=True), help="the pixel value of black, up to .9; white is 1")
-    add("--heads", type=data.number(int, 0), metavar="N", help="heads trained a step, drawn at random; 0: all")
+    add("--grid", choices=GRIDS, help="of the trajectory's steps: even (the paper's), or dense near the image")
+    add("--heads", type=data.number(int, 0), metavar="N",
+        help="heads trained a step, drawn at random, the first always among them; 0: all")
     add("--latent", type=data.number(int, 1), metavar="N", help="numbers in the scale VAE's code")
     add("--vae", choices=("conditional", "denoising"), help="whose code x_i alone makes (denoising), or also the truth, "
         "while training")
@@ -770,7 +787,6 @@ def arguments(argv=None):
     add = group["sampling"].add_argument
     add("--solver", choices=("mean", "literal"), help="conditional means (default), or Algorithm 1 as printed")
     add("--noise", action=argparse.BooleanOptionalAction, help="literal's fresh noise in every step (default: on)")
-    add("--grid", choices=("uniform", "quadratic"), help="of several passes (default: uniform)")
     add("--start", choices=("noise", "forward"), help="x_T: N(0, I) (default), or training images, forwarded")
     return parser.parse_args(argv)
 
@@ -783,8 +799,9 @@ def main(argv=None):
     if len(asked) + (args.train or args.sample) != 1:
         raise data.Problem(f"say --train, --sample, or both, or else one of --{', --'.join(FIGURES)}", 2)
     write, flags = FIGURES[asked[0]] if asked else (None, "")
-    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
-    refused = [key for key in given if key not in (*flags.split(), *asked, *ALWAYS)] if asked else []
+    untouched = vars(arguments([]))
+    given = {key: value for key, value in vars(args).items() if value != untouched[key]}
+    refused = [key for key in given if asked and key not in (*flags.split(), *asked, "device", "precision")]
     if refused:
         raise data.Problem(f"--{refused[0].replace('_', '-')} is not for --{asked[0]}", 2)
     if "run" in flags or not asked:
