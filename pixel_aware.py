@@ -19,7 +19,6 @@ Symbols, of the paper and of this code:
     x_δ, x̂_δ  x_delta, scale  [B, C, H, W]     the image scale e^{-γ x₀} and G_θ's estimate, in [e^-γ, e^{-γ low}]
     i, j, T   i, j, T         whole numbers    steps, 1 ... T; i also [B]. t = i/T in [0, 1]
     α, ᾱ_i    alpha(_bar)     [B, C, H, W]     x_δ^{1/T}, x_δ^{i/T}; variance: 1 - ᾱ_i
-    u_i       growth          [B, C, H, W]     (1 - ᾱ_i)/ᾱ_i
     ε̃_j       eps, noise      [B, m, C, H, W]  the noise in x_j, of one trajectory
     Z^j       Z               [B, T, C, H, W]  the heads' estimates of them; Z[:, j-1] is Z^j, 0 for j > i
     G, R      G, R            networks         x̂_δ = G_θ(x_i, i), Z = R_φ(x_i, x̂_δ, i)
@@ -30,27 +29,27 @@ posterior, Eq. 4, and its draw, Eq. 6; the heads and their mask, Eq. 14; their l
 
 Where this differs from the paper, and why (figures: README, "Results"):
 
-- Algorithm 1 does not reconstruct, not even from the true noises (`reverse` says why). The default, --solver mean,
-  goes through conditional means, without fresh noise, and clips every x̂₀; --solver literal is the algorithm as printed.
+- Algorithm 1 does not reconstruct, not even from the true noises (`reverse` says why). The default, --solver mean, goes
+  by conditional means, without fresh noise, and clips every x̂₀; --solver literal is the algorithm as printed.
 - What heads can learn of ε̃_j from x_i is E[ε̃_j | x_i], and that is T times one estimate of x₀ (`expected_noise`). By
-  default they name it (--predict x0), in terms in which an error does not grow e^{γ x₀/2}-fold; --predict eps is the
-  paper's.
+  default they name it (--predict x0), so that an error does not grow e^{γ x₀/2}-fold; --predict eps is the paper's.
 - An autoencoder of x_i alone can't generate: at i = T its code knows next to nothing of the image, and from N(0, I)
-  nothing. In training the default's code is drawn from x_i and the truth, and a prior of x_i alone learns to follow it
-  by the KL (a conditional VAE): one pass then draws what that prior draws. --vae denoising has one encoder, as the paper.
-- x_δ forgets everything bright: e^{-20 x₀} is 5e-5 at x₀ = .5, and no squared error sees the rest. The schedule needs
-  ln x̂_δ. By default the VAE names the image, and x̂_δ is e^{-γ x̂₀} (--scale image); --scale delta is the paper's, which
-  calls the other one worse (Appendix F).
+  nothing. The default's code is drawn, in training, from x_i and the truth, and a prior of x_i alone learns to follow
+  it by the KL (a conditional VAE): one pass then draws what that prior draws. --vae denoising is the paper's.
+- x_δ forgets everything bright: e^{-20 x₀} is 5e-5 at x₀ = .5, and no squared error sees the rest; but the schedule
+  needs ln x̂_δ. By default the VAE names the image, and x̂_δ is e^{-γ x̂₀} (--scale image). --scale delta is the paper's,
+  which calls the other one worse (Appendix F). R_φ is shown x̂_δ and its logarithm.
+- The first of T even steps adds noise of √(γ x₀/T), .22 at x₀ = .5 for the paper's γ/T = .1: nobody can give back the
+  detail under it. By default the steps are dense near the image (`place`); --grid uniform is the paper's.
 - x_T is N(0, I) for bright pixels only (`moments`). --start noise begins there, as the paper; --start forward at a
   training image's own x_T; --low .25 makes all pixels bright.
-- --steps K uses one model in K passes, each with a new x̂_δ, by a jump posterior. The paper has one.
-- Per-head self-attention is left out: T heads of 3 channels each attend over HW pixels, T (HW)² numbers an image,
-  .8 GB for CIFAR-10 and 537 GB for 128x128 in float32.
-- Not in the paper, or not legible in it: the widths, the VAE's KL weight, the size of its code, which steps i are
-  trained. Trained here: i = T u², u uniform, for most of what is to be decided is decided at small i; and the noise of
-  the first step alone is .22 at x₀ = .5, γ/T = .1.
+- --steps K uses the one model in K passes, each with a new x̂_δ, by a jump posterior. The paper has one pass.
+- A head is one block of two convolutions on `width` channels, where the paper has two blocks, with self-attention, on
+  512: T heads of 3 channels would each attend over HW pixels, T (HW)² numbers an image, .8 GB for CIFAR-10 and 537 GB
+  for 128x128 in float32. Some heads are trained a step (`draw_heads`), and every example's mean over its heads counts
+  alike; --heads 0 and --average heads are the paper's.
 - Both networks are trained jointly, R_φ on what G_θ says at the time, without a gradient into it: one loop, one
-  checkpoint, and R_φ learns to live with x̂_δ as it is.
+  checkpoint, and R_φ learns to live with x̂_δ as it is. The KL's weight and the code's size are not in the paper.
 - Errors in print stand next to the lines they change: Eq. 10 (`snr`), Eq. 17 (`snr_slope`), Propositions 1 and 2
   (`t_delta`, `moments`), line 9 of Algorithm 1 (`reverse`), the mask (`read_heads`).
 
@@ -122,13 +121,10 @@ def variance(x_delta, i, T):
     return -torch.expm1(log_alpha_bar(x_delta, i, T))
 
 
-def growth(x_delta, i, T):
-    """u_i = (1 - ᾱ_i)/ᾱ_i = x₀²/SNR_i, the clock of the noise: √u_i ε̃_i is a Wiener process at time u_i."""
-    return torch.expm1(-log_alpha_bar(x_delta, i, T))
-
-
 def snr(x0, t, gamma):
-    """The signal to noise ratio at t in (0, 1]. This and the next three are the paper's claims: for the tests. (Eq. 10 prints e^{-γ t x₀/T}: with t = i/T that divides by T twice.)"""
+    """The signal to noise ratio at t in (0, 1]. (Eq. 10 has e^{-γ t x₀/T}: with t = i/T that divides by T twice.) This
+    and the next three are what the paper claims of the process; only tests call them.
+    """
     return x0 ** 2 / torch.expm1(gamma * t * x0)                                                        # Eq. 11, 16
 
 
@@ -138,7 +134,11 @@ def snr_slope(x0, t, gamma):
 
 
 def moments(x0, t, gamma):
-    """(mean, standard deviation) of x_t given x0. At t = 1 dark pixels are not N(0, 1): .277 for x0 = .004, γ = 20."""
+    """(mean, standard deviation) of x_t given x0. At t = 1 dark pixels are not N(0, 1): std .277 for x0 = .004, γ = 20.
+
+    Proposition 2 says that the mean falls faster than DDPM's x₀ e^{-a t²/4} if γ x₀ > a t: not when it is already near
+    0 (γ x₀ = 20, a = 5: until t = .28). And where γ x₀ < 5, x₀ < .1 at γ = 50, it converges more slowly than DDPM's.
+    """
     return x0 * torch.exp(-gamma * x0 * t / 2), torch.sqrt(-torch.expm1(-gamma * t * x0))               # Eq. 25
 
 
@@ -159,7 +159,7 @@ def t_delta(dark, bright, gamma):
 def ddpm_alpha_bar(i, T):
     """The conventional schedule of Figures 2 and 8: β from 1e-4 to .02, whatever T. i: whole-number tensor, 0 ... T."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device=i.device)
-    return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])[i]                                    # Eq. 1-3
+    return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])[i]                                    # Eq. 3
 
 
 # ------------------------------------------------------------------------------------------------------- 2 forward
@@ -167,8 +167,9 @@ def ddpm_alpha_bar(i, T):
 def trajectory_noise(x0, gamma, T, generator=None, times=None):
     """ε̃_1 ... ε̃_T of one trajectory, [B, T, C, H, W] from x0 [B, C, H, W] in [low, 1]: what all the heads learn.
 
-    They are no independent draws: x_i's noise is in x_j for all j > i, corr(ε̃_i, ε̃_j) = √(u_i/u_j). As √u_j ε̃_j is a
-    Wiener process, it is the sum of its increments, O(T). times: only these, [m] or [B, m], rising, at the cost of m.
+    They are no independent draws, for x_i's noise is in x_j for all j > i: √u_j ε̃_j is a Wiener process at the time
+    u_j = (1 - ᾱ_j)/ᾱ_j, the sum of its increments, and corr(ε̃_i, ε̃_j) = √(u_i/u_j). times: only these, [m] or [B, m],
+    rising, at the cost of m.
     """
     times = torch.arange(1, T + 1, device=x0.device) if times is None else times
     times = times.to(x0.dtype).expand(len(x0), -1)[..., None, None, None]
@@ -244,7 +245,7 @@ class ScaleVAE(nn.Module):
         super().__init__()
         halvings = max(0, round(math.log2(size / 4)))
         if 4 * 2 ** halvings != size:
-            raise ValueError(f"the scale VAE halves images down to 4x4: their size must be 4, 8, 16, 32 ..., not {size}")
+            raise ValueError(f"the scale VAE halves images down to 4x4: their size must be 4, 8, 16 ..., not {size}")
         widths, emb = [width * min(2 ** k, 2) for k in range(halvings + 1)], 4 * width
         self.time = nn.Sequential(nn.Linear(128, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.prior = Encoder(channels, widths, emb, latent)
@@ -274,8 +275,8 @@ class ScaleVAE(nn.Module):
 
 
 class Heads(nn.Module):
-    """T small networks G_j side by side, features [B, c, H, W] -> [B, m, C, H, W]: convolution, norm, SiLU, convolution,
-    plus a 1x1 skip. Grouped layers are T separate heads in one call. heads: [m] of 1 ... T, whose weights alone are used.
+    """T small networks G_j side by side, features [B, c, H, W] -> [B, m, C, H, W]: convolution, norm, SiLU, convolution
+    and a 1x1 skip. Grouped layers are T separate heads in one call. heads: [m] of 1 ... T, the heads that are used.
     """
 
     def __init__(self, c_in, channels, T):
@@ -327,8 +328,8 @@ class PixelAware(nn.Module):
         self.parallel = ParallelUNet(channels, size, width, mult, blocks, attention, dropout, T, gamma)
 
     def forward(self, xi, t, z, truth, heads):
-        """(the VAE's raw output, its KL, x̂_δ, the heads' raw outputs [B, m, C, H, W]). For training: x̂_δ is made with the
-        posterior's code, so that R_φ learns to trust it, and passes no gradient on.
+        """(the VAE's raw output, its KL, x̂_δ, the heads' raw outputs [B, m, C, H, W]). For training: x̂_δ is made with
+        the posterior's code, so that R_φ learns to trust it, and passes no gradient on.
         """
         raw, kl = self.vae(xi, t, z, truth)
         scale = read_scale(raw.detach(), self.scale, self.gamma, self.low)
@@ -359,7 +360,7 @@ def read_scale(raw, scale, gamma, low=LOW):
     return raw.clamp(math.exp(-gamma), math.exp(-gamma * low))
 
 
-SPREAD = 0.1            # the standard deviation of x₀ - x̂₀, x̂₀ the image of x̂_δ: about what the VAE's squared errors are
+SPREAD = 0.1            # the standard deviation of x₀ - x̂₀, x̂₀ the image of x̂_δ: about the VAE's root mean square error
 
 
 def guess(xi, scale, i, T, gamma):
@@ -370,7 +371,8 @@ def guess(xi, scale, i, T, gamma):
 
 
 def read_heads(raw, xi, scale, i, times, T, gamma, predict):
-    """Z from the outputs of the heads of `times` [m]. raw: [B, m, C, H, W]; scale: x̂_δ; i: [B]. M_j masks those > i.
+    """Z from the outputs of the heads of `times` [m]. raw: [B, m, C, H, W]; scale: x̂_δ; i: [B]. M_j
+    masks those > i: Z^i itself is needed for the first step back (the mask is illegible in print).
 
     predict: "eps", the noises themselves, as in the paper; or "x0": what to add to `guess`, in its standard deviations,
     to get the image; Z^j is then the noise that goes with that image.
@@ -380,7 +382,7 @@ def read_heads(raw, xi, scale, i, times, T, gamma, predict):
         x0 = mean[:, None] + std[:, None] * raw
         kept, added = alpha_bar(scale, i, T)[:, None], variance(scale, i, T)[:, None]
         raw = expected_noise((xi[:, None] - kept.sqrt() * x0) / added.sqrt(), i, times, scale, T)
-    return raw * (times <= i[:, None])[..., None, None, None]                                                    # Eq. 14
+    return raw * (times <= i[:, None])[..., None, None, None]                                           # Eq. 14
 
 
 def head_weights(i, times, average="examples"):
@@ -388,7 +390,8 @@ def head_weights(i, times, average="examples"):
     i: [B], of the whole batch; times: [m], of the heads.
 
     average: "examples", every example's mean over its active heads; or "heads", every head's mean over the examples in
-    which it is active. (A mean over all would leave head T, active in one of T examples, 1/T of the first head's share.)
+    which it is active. (A mean over all would leave head T, active in one of T, 1/T of the first head's share. But by
+    heads an example of small i, which has few heads, hardly counts, and detail is not learned.)
     """
     active = (times <= i[:, None]).float()
     if average == "examples":
@@ -418,10 +421,11 @@ def reverse(xi, i, x_delta, Z, T, mode="mean", generator=None, *, low=LOW, grid=
     """From x_i to x̂₀ by the T noises that one pass has named. xi: [B, C, H, W]; i: the number of the step, or [B];
     x_delta: x̂_δ; Z: [B, T, C, H, W], Z[:, j-1] is Z^j. watch(j, x̂_j, x̂₀ as Z^j has it): called before every step.
 
-    mode "literal": Algorithm 1. Each Z^j was made for the x_j of the forward path, not for x̂_j, and nothing brings x̂_j
-    back: with the true ε̃_j it does not reconstruct, but ends √(2(e^{γ x₀} - 1)) away (noise=False: without its fresh
-    noise, √(e^{γ x₀} - 1)). With Z^j = E[ε̃_j | x_i, x₀], which is what a squared error teaches, and without noise, it
-    does. mode "mean": so no noise, and the same step by way of x̂₀, kept in [low, 1].
+    mode "literal": Algorithm 1 (whose line 9 prints α for ᾱ under the root). Each Z^j was made for the x_j of the
+    forward path, not for x̂_j, and nothing brings x̂_j back: with the true ε̃_j it does not reconstruct, but ends
+    √(2(e^{γ x₀} - 1)) away (noise=False: without its fresh noise, √(e^{γ x₀} - 1)). With Z^j = E[ε̃_j | x_i, x₀], which
+    is what a squared error teaches, and without noise, it does. mode "mean": so no noise, and the same step by way of
+    x̂₀, kept in [low, 1].
     """
     if mode not in ("mean", "literal"):
         raise ValueError(f"there is no mode {mode}")
@@ -434,7 +438,8 @@ def reverse(xi, i, x_delta, Z, T, mode="mean", generator=None, *, low=LOW, grid=
             watch(j, x, x0)
         y, beta = posterior(x, x0, x_delta, here, there, T)
         if mode == "literal":
-            y = (x - variance(x_delta, here - there, T) / left * z) / alpha_bar(x_delta, here - there, T).sqrt()    # Eq. 4
+            kept, added = alpha_bar(x_delta, here - there, T), variance(x_delta, here - there, T)
+            y = (x - added / left * z) / kept.sqrt()                                                    # Eq. 4
             if noise and j > 1:
                 y = y + beta.sqrt() * data.randn(y, generator)                                          # Eq. 6
         x = torch.where(like_image(i) >= j, y, x) if torch.is_tensor(i) else y
@@ -483,7 +488,8 @@ def train(run, settings, checkpoint, args, processes):
     (net, ema, optimizer), images, mine = training.parts.values(), training.images, training.mine
     device, batch, iterations = processes.device, settings["batch_size"], settings["iterations"]
     T, gamma, m = settings["T"], settings["gamma"], min(settings["heads"] or settings["T"], settings["T"])
-    unet.warn_cost(predictor(costly(net, m), args, processes), images.shape[1:], batch, iterations - training.start, processes)
+    alone = predictor(costly(net, m), args, processes)
+    unet.warn_cost(alone, images.shape[1:], batch, iterations - training.start, processes)
     model = predictor(unet.parallel(net, device, processes.world, args.compile), args, processes)
     method = {key: settings[key] for key in ("T", "gamma", "scale", "predict", "kl")}
 
@@ -557,7 +563,8 @@ def trained_models(run, settings, checkpoint, args, processes, n):
     data.restore(run, checkpoint, ema=net)
     x = unet.batch_like(n, network, processes.device)
     x = x[:max(1, 100 * len(x) // max(100, net.T))]                             # T heads' outputs are many
-    heads, t, z = torch.arange(1, net.T + 1, device=x.device), x.new_ones(len(x)), x.new_zeros(len(x), settings["latent"])
+    heads, t = torch.arange(1, net.T + 1, device=x.device), x.new_ones(len(x))
+    z = x.new_zeros(len(x), settings["latent"])
 
     def fast(call, *inputs):
         return unet.fast(predictor(call, args, processes), *inputs)
@@ -663,8 +670,8 @@ def write_forward(run, settings, checkpoint, args, processes):
 
 
 def write_algorithm1(run, settings, checkpoint, args, processes, side=40):
-    """What Algorithm 1 makes of noises that are known: its error against γ x₀, and the closed form's, with the true ε̃_j and
-    with E[ε̃_j | x_T, x₀], on flat images; and four training images: pixel_aware-algorithm1.csv, .png and -images.png.
+    """What Algorithm 1 makes of noises that are known: its error against γ x₀, and the closed form's, with the true ε̃_j
+    and with E[ε̃_j | x_T, x₀], on flat images; and four training images: pixel_aware-algorithm1.csv, .png, -images.png.
     """
     T, gamma = settings["T"], settings["gamma"]
 
@@ -695,8 +702,8 @@ def write_algorithm1(run, settings, checkpoint, args, processes, side=40):
 
 
 def write_strips(run, settings, checkpoint, args, processes):
-    """Figures 7 and 8: strips.png. For each of up to three training images: forward, DDPM's forward, and the way back from
-    x_T, above x̂₀ on the way.
+    """Figures 7 and 8: strips.png. For each of up to three training images: forward, DDPM's forward, and the way back
+    from x_T, above x̂₀ on the way.
     """
     passes, options = solver_of(settings, args)
     G, R, x = trained_models(run, settings, checkpoint, args, processes, 3)
@@ -744,17 +751,18 @@ def write_estimates(run, settings, checkpoint, args, processes):
 
 # -------------------------------------------------------------------------------------------------- 6 command line
 
-COMMON = dict(T=200, gamma=20.0, low=LOW, grid="quadratic", heads=20, latent=512, vae="conditional", scale="image", predict="x0", kl=0.02,
-              average="examples", seed=0)
+COMMON = dict(T=200, gamma=20.0, low=LOW, grid="quadratic", heads=20, average="examples", latent=512,
+              vae="conditional", scale="image", predict="x0", kl=0.02, seed=0)
 DEFAULTS = {dataset: {**sizes, **COMMON} for dataset, sizes in unet.COMPACT.items()}
 DEFAULTS["shapes"] |= dict(iterations=900)
 DEFAULTS |= {name: {**DEFAULTS[name], "T": 500, "gamma": 50.0}
              for name in ("celeba", "celebahq", "lsun-church", "folder")}
-PAPER = {"cifar10": dict(T=200, gamma=20.0, heads=0, grid="uniform", average="heads", vae="denoising", scale="delta", predict="eps", width=128,
-                         mult=(1, 2, 2, 2), blocks=2, batch_size=128, lr=1e-4, iterations=1_500_000),
-         "celeba": dict(T=500, gamma=50.0, heads=0, grid="uniform", average="heads", vae="denoising", scale="delta", predict="eps", image_size=128,
-                        width=128, mult=(1, 1, 2, 2, 4), blocks=2, batch_size=16, lr=2e-4, iterations=1_500_000)}
-NETWORK = ("width", "mult", "blocks", "attention", "dropout", "T", "gamma", "low", "grid", "latent", "vae", "scale", "predict")
+METHOD = dict(grid="uniform", heads=0, average="heads", vae="denoising", scale="delta", predict="eps", width=128,
+              blocks=2, iterations=1_500_000)
+PAPER = {"cifar10": {**METHOD, "mult": (1, 2, 2, 2), "batch_size": 128, "lr": 1e-4},
+         "celeba": {**METHOD, "image_size": 128, "mult": (1, 1, 2, 2, 4), "batch_size": 16, "lr": 2e-4}}
+NETWORK = ("width", "mult", "blocks", "attention", "dropout", "T", "gamma", "low", "grid", "latent", "vae", "scale",
+           "predict")
 
 FIGURES = {"forward": (write_forward, "dataset data_dir image_size T gamma low seed"),      # and the flags each heeds
            "algorithm1": (write_algorithm1, "dataset data_dir image_size T gamma low seed"),
@@ -778,12 +786,12 @@ def arguments(argv=None):
     add("--heads", type=data.number(int, 0), metavar="N",
         help="heads trained a step, drawn at random, the first always among them; 0: all")
     add("--latent", type=data.number(int, 1), metavar="N", help="numbers in the scale VAE's code")
-    add("--vae", choices=("conditional", "denoising"), help="whose code x_i alone makes (denoising), or also the truth, "
-        "while training")
+    add("--vae", choices=("conditional", "denoising"), help="whose code is made of x_i alone (denoising), or in "
+        "training also of the truth")
     add("--scale", choices=("delta", "image"), help="what the VAE names: the image scale x_δ, or the image")
     add("--predict", choices=("eps", "x0"), help="what the heads name: the noises, or the image")
     add("--kl", type=data.number(float, 0), help="the weight of the VAE's KL, 0 or more")
-    add("--average", choices=("examples", "heads"), help="of the heads' losses: over each example's, or each head's own")
+    add("--average", choices=("examples", "heads"), help="of the heads' losses: by example, or by head")
     add = group["sampling"].add_argument
     add("--solver", choices=("mean", "literal"), help="conditional means (default), or Algorithm 1 as printed")
     add("--noise", action=argparse.BooleanOptionalAction, help="literal's fresh noise in every step (default: on)")

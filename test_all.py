@@ -1621,19 +1621,16 @@ def test_pixel_aware_alpha_bar_is_the_product_of_alphas():
 
 
 def test_pixel_aware_schedule_keeps_its_digits_in_float32():
-    """1 - ᾱ_1 of a dark pixel, 4e-4 and less, and u_i, to float32's precision, against float64. Catches 1 - exp for
-    expm1.
-    """
+    """1 - ᾱ_1 of a dark pixel, 4e-4 and less, to float32's precision, against float64. Catches 1 - exp for expm1."""
     x0 = torch.tensor([0.004, 0.01, 0.5, 1.0]).view(1, 1, 2, 2)
     for gamma, T in ((20.0, 200), (50.0, 500), (20.0, 5000)):
         scale, exact = pixel_aware.x_delta(x0, gamma), pixel_aware.x_delta(x0.double(), gamma)
-        for f in (pixel_aware.variance, pixel_aware.growth):
-            torch.testing.assert_close(f(scale, 1, T).double(), f(exact, 1, T), rtol=3e-5, atol=0)
-            assert torch.isfinite(f(scale, T, T)).all()
+        f = pixel_aware.variance
+        torch.testing.assert_close(f(scale, 1, T).double(), f(exact, 1, T), rtol=3e-5, atol=0)
 
 
 def test_pixel_aware_snr_and_its_slope():
-    """Eq. 11 is the squared mean over the variance of Eq. 9, and u_i is x₀²/SNR; its slope, corrected, is the numerical
+    """Eq. 11 is the squared mean over the variance of Eq. 9; its slope, corrected, is the numerical
     derivative. Catches Eq. 17 as printed, without e^y, and a decay of t⁻²: as t → 0 the SNR is x₀/(γ t).
     """
     x0, T, gamma, h = pixels(2, 1, 3, 3), 100, 20.0, 1e-6
@@ -1643,7 +1640,6 @@ def test_pixel_aware_snr_and_its_slope():
         ratio = pixel_aware.alpha_bar(scale, i, T) * x0**2 / (1 - pixel_aware.alpha_bar(scale, i, T))
         torch.testing.assert_close(pixel_aware.snr(x0, i / T, gamma), ratio, rtol=1e-9, atol=0)
         torch.testing.assert_close(mean**2 / std**2, ratio, rtol=1e-9, atol=0)
-        torch.testing.assert_close(x0**2 / pixel_aware.growth(scale, i, T), ratio, rtol=1e-9, atol=0)
     for t in (0.01, 0.2, 1.0):
         slope = (pixel_aware.snr(x0, t + h * t, gamma) - pixel_aware.snr(x0, t - h * t, gamma)) / (2 * h * t)
         torch.testing.assert_close(pixel_aware.snr_slope(x0, t, gamma), slope, rtol=1e-7, atol=1e-12)
@@ -1654,7 +1650,9 @@ def test_pixel_aware_proposition_1_holds_until_t_delta_and_reverses():
     """Until t_δ the brighter pixel loses SNR faster, from then on the darker; t_δ lies between y*/(γ x_k) and
     y*/(γ x_j), y* = 2.5757, and is y*/γ between two nearly white ones. Catches a t_δ taken from the proof, which gives none.
     """
-    dark, bright = (torch.tensor(v, dtype=torch.float64) for v in ([0.05, 0.1, 0.1, 0.5, 0.9], [0.1, 0.5, 1.0, 1.0, 1.0]))
+    dark, bright = (
+        torch.tensor(v, dtype=torch.float64) for v in ([0.05, 0.1, 0.1, 0.5, 0.9], [0.1, 0.5, 1.0, 1.0, 1.0])
+    )
     y = np.linspace(1e-3, 10, 2_000_001)
     y_star = y[(y / np.tanh(y / 2) < 3).sum()]
     assert abs(y_star - 2.5757) < 1e-4
@@ -1667,18 +1665,20 @@ def test_pixel_aware_proposition_1_holds_until_t_delta_and_reverses():
 
     for share in (1e-3, 0.1, 0.5, 0.99):
         assert faster(share * t).all() and not faster(t / share).any()
-    torch.testing.assert_close(pixel_aware.t_delta(full(0.99999, 1), full(1, 1), 50.0), full(y_star / 50, 1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        pixel_aware.t_delta(full(0.99999, 1), full(1, 1), 50.0), full(y_star / 50, 1), rtol=1e-4, atol=0
+    )
 
 
 def test_pixel_aware_proposition_2_needs_more_than_its_condition():
-    """With γ x₀ = 20 and DDPM's β = 5 t the condition γ x₀ > a t holds for all t, and yet from t = .23 on the mean falls
-    more slowly than DDPM's: it is already near 0. And dark pixels converge more slowly than DDPM at any time.
+    """With γ x₀ = 20 and DDPM's β = 5 t the condition γ x₀ > a t holds for all t, and yet from t = .28 on the mean falls
+    more slowly than DDPM's: it is already near 0. And dark pixels end farther from N(0, 1) than DDPM's.
     """
     t, x0, gamma, a = np.linspace(1e-4, 1, 20001), 1.0, 20.0, 5.0
     ours = np.gradient(pixel_aware.moments(torch.tensor(x0), torch.tensor(t), gamma)[0].numpy(), t)
-    theirs = np.gradient(x0 * np.exp(-a * t * t / 2), t)
+    theirs = np.gradient(x0 * np.exp(-a * t * t / 4), t)  # dE[x]/dt = -β_t/2 E[x]: not /2, as Eq. 22 has it
     slower = t[np.abs(ours) < np.abs(theirs)]
-    assert slower.min() > 0.2 and abs(slower.min() - 0.23) < 0.06 and slower.max() == 1
+    assert abs(slower.min() - 0.28) < 0.01 and slower.max() == 1 and len(slower) > 14000
     kept = pixel_aware.ddpm_alpha_bar(torch.tensor([500]), 500).item()  # of 500 steps with β from 1e-4 to .02
     assert math.isclose(-math.log(kept), 5.06, abs_tol=0.01)
     mean, std = pixel_aware.moments(full(0.09, 1), 1.0, 50.0)
@@ -1861,7 +1861,10 @@ def test_pixel_aware_networks_see_what_they_should(vae, scale):
     other = pixels(2, 3, 8, 8, seed=1).float()
     delta = pixel_aware.x_delta(0.5 + other / 2, 20.0)  # of bright pixels: nearly 0
     with torch.no_grad():
-        for call, inputs in ((lambda *a: net.vae(*a)[0], (xi, t, z)), (lambda *a: net.parallel(*a, heads), (xi, delta, t))):
+        for call, inputs in (
+            (lambda *a: net.vae(*a)[0], (xi, t, z)),
+            (lambda *a: net.parallel(*a, heads), (xi, delta, t)),
+        ):
             for k, changed in enumerate(inputs):
                 inputs_ = [*inputs[:k], changed.flip(0), *inputs[k + 1 :]]
                 assert not torch.allclose(call(*inputs), call(*inputs_)), k
@@ -1882,10 +1885,17 @@ def test_pixel_aware_kl_is_that_of_two_gaussians(monkeypatch):
 
     for vae in ("conditional", "denoising"):
         net = tiny_model(vae=vae).vae
-        xi, truth, t, z = rand(2, 3, 8, 8).float(), pixels(2, 3, 8, 8).float(), full(0.3, 2).float(), randn(2, 32).float()
+        xi, truth, t, z = (
+            rand(2, 3, 8, 8).float(),
+            pixels(2, 3, 8, 8).float(),
+            full(0.3, 2).float(),
+            randn(2, 32).float(),
+        )
         seen, codes = [], []
         for encoder in filter(None, (net.prior, net.posterior)):
-            encoder.register_forward_hook(lambda module, _, out: seen.append((module, Normal(out[0], (out[1] / 2).exp()))))
+            encoder.register_forward_hook(
+                lambda module, _, out: seen.append((module, Normal(out[0], (out[1] / 2).exp())))
+            )
         net.first.register_forward_hook(lambda module, inputs, _: codes.append(inputs[0]))
         with torch.no_grad():
             kl = net(xi, t, z, truth)[1]
@@ -1945,7 +1955,9 @@ def test_pixel_aware_heads_that_name_the_image_reverse_to_it():
     true = pixel_aware.x_delta(x0, gamma)
     mean, std = pixel_aware.guess(xi, true, i, T, gamma)
     Z = pixel_aware.read_heads(((x0 - mean) / std)[:, None], xi, true, i, heads, T, gamma, "x0")
-    eps = (xi - (-gamma / T / 2 * i.view(3, 1, 1, 1) * x0).exp() * x0) / (1 - (-gamma / T * i.view(3, 1, 1, 1) * x0).exp()).sqrt()
+    eps = (xi - (-gamma / T / 2 * i.view(3, 1, 1, 1) * x0).exp() * x0) / (
+        1 - (-gamma / T * i.view(3, 1, 1, 1) * x0).exp()
+    ).sqrt()
     torch.testing.assert_close(Z[0, 39], eps[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(Z[1, 16], eps[1], rtol=1e-9, atol=1e-9)
 
@@ -2039,7 +2051,9 @@ def test_pixel_aware_algorithm_1_diverges_as_its_formula(value, gamma, T):
     beta = (1 - a ** (j - 1)) / (1 - a**j) * (1 - a)
     exact = math.sqrt(2 * (a ** -(j - 1.0) * beta).sum())
     literal = pixel_aware.reverse(xT, T, scale, eps, T, "literal", torch.Generator().manual_seed(2))
-    assert abs(rms(literal - x0) / exact - 1) < 0.05 and abs(math.sqrt(2 * math.expm1(gamma * value)) / exact - 1) < 0.06
+    assert (
+        abs(rms(literal - x0) / exact - 1) < 0.05 and abs(math.sqrt(2 * math.expm1(gamma * value)) / exact - 1) < 0.06
+    )
     silent = pixel_aware.reverse(xT, T, scale, eps, T, "literal", noise=False)
     assert abs(rms(silent - x0) / exact * math.sqrt(2) - 1) < 0.05
 
@@ -2086,7 +2100,9 @@ def test_pixel_aware_reverse_is_its_linear_closed_form():
     one = pixel_aware.reverse(xi[1:], 4, scale[1:], Z[1:], T)
     torch.testing.assert_close(pixel_aware.reverse(xi, both, scale, Z, T)[1:], one, rtol=0, atol=1e-14)
     wide = [v.repeat(1, 1, 50, 50) for v in (xi, scale)]
-    noisy = pixel_aware.reverse(wide[0], i, wide[1], Z.repeat(1, 1, 1, 50, 50), T, "literal", torch.Generator().manual_seed(0))
+    noisy = pixel_aware.reverse(
+        wide[0], i, wide[1], Z.repeat(1, 1, 1, 50, 50), T, "literal", torch.Generator().manual_seed(0)
+    )
     extra = (noisy - exact.repeat(1, 1, 50, 50)).unflatten(-1, (50, 4)).unflatten(-3, (50, 4)).var((2, 4))
     beta = sum(a ** -(j - 1.0) * (1 - a ** (j - 1)) / (1 - a**j) * (1 - a) for j in range(1, i + 1))
     torch.testing.assert_close(extra, beta, rtol=0.15, atol=0)
@@ -2220,7 +2236,9 @@ def test_pixel_aware_ssim_is_wang_and_bovik():
     for x, y in zip(a.flatten(2)[0].numpy(), b.flatten(2)[0].numpy()):
         c = np.cov(x, y, aweights=w, ddof=0)
         mx, my = np.average(x, weights=w), np.average(y, weights=w)
-        values.append((2 * mx * my + 1e-4) * (2 * c[0, 1] + 9e-4) / ((mx**2 + my**2 + 1e-4) * (c[0, 0] + c[1, 1] + 9e-4)))
+        values.append(
+            (2 * mx * my + 1e-4) * (2 * c[0, 1] + 9e-4) / ((mx**2 + my**2 + 1e-4) * (c[0, 0] + c[1, 1] + 9e-4))
+        )
     assert math.isclose(pixel_aware.ssim(a, b)[0].item(), np.mean(values), rel_tol=1e-9)
 
 
@@ -3534,6 +3552,7 @@ def test_readme_rows_of_table_2_are_commands(empty, capsys):
 def test_map_is_true():
     """Every row's function and test exist, no number is missing, and every `Eq. n` tag of the scripts is in the map."""
     papers = {"DDM": (28, 2, ddm), "Blurring": (30, 2, blurring), "Angular": (13, 0, angular)}
+    papers |= {"Pixel-aware": (26, 1, pixel_aware)}
     lines = (HERE / "README.md").read_text().splitlines()
     for paper, (last, algorithms, script) in papers.items():
         rows = [line.split("|")[1:-1] for line in lines if line.startswith(f"| {paper}")]
