@@ -1859,7 +1859,7 @@ def test_pixel_aware_networks_see_what_they_should(vae, scale):
     net = tiny_model(vae=vae, scale=scale)
     xi, t, z, heads = rand(2, 3, 8, 8).float(), torch.tensor([0.5, 1.0]), randn(2, 32).float(), torch.arange(1, 7)
     other = pixels(2, 3, 8, 8, seed=1).float()
-    delta = pixel_aware.x_delta(0.5 + other / 2, 20.0)  # of bright pixels: nearly 0
+    delta = pixel_aware.x_delta(0.9 + other / 10, 20.0)  # of bright pixels: 0 to float32 once 1 is taken from it
     with torch.no_grad():
         for call, inputs in (
             (lambda *a: net.vae(*a)[0], (xi, t, z)),
@@ -2381,6 +2381,29 @@ def test_unet_attends_where_it_is_told():
     assert found == {"encoder.1.0", "encoder.1.1", "middle.0"} | {
         f"decoders.{d}.levels.1.{b}" for d in (0, 1) for b in range(3)
     }
+
+
+def test_unet_fuses_a_condition_at_every_level():
+    """An image given as condition enters where every level begins, down and up, at that level's size, and adds nothing
+    before training; outputs=() is the trunk alone. Catches a level without it, and weights that change for all others.
+    """
+    arguments = dict(width=8, mult=(1, 2, 2), blocks=1, attention=(), dropout=0.0, size=16)
+    torch.manual_seed(0)
+    net, x, t = unet.UNet(outputs=(), condition=2, **arguments).eval(), randn(2, 3, 16, 16).float(), torch.rand(2)
+    sizes = []
+    for module in net.modules():
+        if isinstance(module, unet.Fusion):
+            module.register_forward_hook(lambda module, inputs, _: sizes.append(inputs[0].shape[-1]))
+    ones, zeros = torch.ones(2, 2, 16, 16), torch.zeros(2, 2, 16, 16)
+    with torch.no_grad():
+        assert net(x, t, ones) == () and sizes == [16, 8, 4, 4, 8, 16]
+        before = net.features(x, t, zeros)
+        assert len(before) == 1 and torch.equal(before[0], net.features(x, t, ones)[0])
+        torch.nn.init.ones_(net.fuse[1].map[2].weight)
+        assert not torch.allclose(before[0], net.features(x, t, ones)[0])
+    torch.manual_seed(0)
+    plain = unet.UNet(outputs=(3,), **arguments)
+    assert not [name for name in plain.state_dict() if "fuse" in name]
 
 
 def test_unet_fast_is_the_network_on_the_cpu():
