@@ -1859,7 +1859,7 @@ def test_pixel_aware_networks_see_what_they_should(vae, scale):
     net = tiny_model(vae=vae, scale=scale)
     xi, t, z, heads = rand(2, 3, 8, 8).float(), torch.tensor([0.5, 1.0]), randn(2, 32).float(), torch.arange(1, 7)
     other = pixels(2, 3, 8, 8, seed=1).float()
-    delta = pixel_aware.x_delta(0.9 + other / 10, 20.0)  # of bright pixels: 0 to float32 once 1 is taken from it
+    delta = pixel_aware.x_delta(0.95 + other / 20, 20.0)  # of bright pixels: 0 to float32 once 1 is taken from it
     with torch.no_grad():
         for call, inputs in (
             (lambda *a: net.vae(*a)[0], (xi, t, z)),
