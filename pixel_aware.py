@@ -440,8 +440,8 @@ def reverse(xi, i, x_delta, Z, T, mode="mean", generator=None, *, low=LOW, grid=
         if mode == "literal":
             kept, added = alpha_bar(x_delta, here - there, T), variance(x_delta, here - there, T)
             y = (x - added / left * z) / kept.sqrt()                                                    # Eq. 4
-            if noise and j > 1:
-                y = y + beta.sqrt() * data.randn(y, generator)                                          # Eq. 6
+            if noise:
+                y = y + beta.sqrt() * data.randn(y, generator)                  # Eq. 6; of the last step 0: β̃₁ = 0
         x = torch.where(like_image(i) >= j, y, x) if torch.is_tensor(i) else y
     return x
 
