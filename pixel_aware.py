@@ -348,7 +348,7 @@ class Noises:
     def __getitem__(self, index):
         (xi, scale, i), net, j = self.seen, self.net, index[1] + 1
         raw, time = self.raw[:, j - 1:j].to(xi.dtype), xi.new_full((1,), place(j, net.T, net.grid))
-        return read_heads(raw, xi, scale, i, time, net.T, net.gamma, net.predict)[:, 0]
+        return read_heads(raw, xi, scale, i, time, net.T, net.gamma, net.predict, SPREAD[net.scale])[:, 0]
 
 
 def read_scale(raw, scale, gamma, low=LOW):
@@ -360,17 +360,17 @@ def read_scale(raw, scale, gamma, low=LOW):
     return raw.clamp(math.exp(-gamma), math.exp(-gamma * low))
 
 
-SPREAD = 0.1            # the standard deviation of x₀ - x̂₀, x̂₀ the image of x̂_δ: about the VAE's root mean square error
+SPREAD = {"image": 0.1, "delta": 0.3}       # about the root mean square error of x̂_δ's image, by what the VAE names
 
 
-def guess(xi, scale, i, T, gamma):
-    """(mean, standard deviation) of x₀, if it is N(x̂₀, SPREAD²) with x̂₀ the image of x̂_δ, and x_i is seen."""
+def guess(xi, scale, i, T, gamma, spread=SPREAD["image"]):
+    """(mean, standard deviation) of x₀, if it is N(x̂₀, spread²) with x̂₀ the image of x̂_δ, and x_i is seen."""
     x0, kept, added = -scale.log() / gamma, alpha_bar(scale, i, T), variance(scale, i, T)
-    both = kept * SPREAD ** 2 + added
-    return x0 + kept.sqrt() * SPREAD ** 2 / both * (xi - kept.sqrt() * x0), SPREAD * (added / both).sqrt()
+    both = kept * spread ** 2 + added
+    return x0 + kept.sqrt() * spread ** 2 / both * (xi - kept.sqrt() * x0), spread * (added / both).sqrt()
 
 
-def read_heads(raw, xi, scale, i, times, T, gamma, predict):
+def read_heads(raw, xi, scale, i, times, T, gamma, predict, spread=SPREAD["image"]):
     """Z from the outputs of the heads of `times` [m]. raw: [B, m, C, H, W]; scale: x̂_δ; i: [B]. M_j
     masks those > i: Z^i itself is needed for the first step back (the mask is illegible in print).
 
@@ -378,7 +378,7 @@ def read_heads(raw, xi, scale, i, times, T, gamma, predict):
     to get the image; Z^j is then the noise that goes with that image.
     """
     if predict == "x0":
-        mean, std = guess(xi, scale, i, T, gamma)
+        mean, std = guess(xi, scale, i, T, gamma, spread)
         x0 = mean[:, None] + std[:, None] * raw
         kept, added = alpha_bar(scale, i, T)[:, None], variance(scale, i, T)[:, None]
         raw = expected_noise((xi[:, None] - kept.sqrt() * x0) / added.sqrt(), i, times, scale, T)
@@ -408,7 +408,7 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
     xi = diffuse(x0, eps_i, i, gamma, T)
     truth = x_delta(x0, gamma) if scale == "delta" else x0
     raw, divergence, shown, out = model(xi, i / T, z, truth, heads)
-    mean, std = guess(xi, shown, i, T, gamma)
+    mean, std = guess(xi, shown, i, T, gamma, SPREAD[scale])
     target = eps if predict == "eps" else ((x0 - mean) / std)[:, None]
     error = (out - target).square().flatten(2).mean(2)                                                     # Eq. 15
     return ((weights * error).sum(1) + (raw - truth).square().flatten(1).mean(1)
@@ -746,7 +746,7 @@ def write_estimates(run, settings, checkpoint, args, processes):
         labels += [f"x_{i:.3g}", "estimate", "x_0 back"]
     images = torch.stack(rows, 1)[:8].flatten(0, 1)
     data.save_png(data.picture(data.to_uint8(images), len(labels), labels), run / "estimates.png")
-    print(f"wrote {run}/estimates.png")
+    print(f"(A black picture has the SSIM {ssim(0 * truth, truth).mean():.3f} with x_δ.) wrote {run}/estimates.png")
 
 
 # -------------------------------------------------------------------------------------------------- 6 command line

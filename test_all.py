@@ -1924,7 +1924,7 @@ def test_pixel_aware_scale_stays_in_its_range():
 
 
 def test_pixel_aware_guess_is_gaussian_conditioning():
-    """The mean and the standard deviation of x₀ ~ N(x̂₀, SPREAD²) given x_i = √ᾱ x₀ + √(1-ᾱ) ε: by quadrature of Bayes'
+    """The mean and the standard deviation of x₀ ~ N(x̂₀, spread²) given x_i = √ᾱ x₀ + √(1-ᾱ) ε: by quadrature of Bayes'
     rule. Catches a gain that is not the posterior's.
     """
     T, gamma, i = 50, 20.0, 7
@@ -1933,7 +1933,7 @@ def test_pixel_aware_guess_is_gaussian_conditioning():
     for k in range(5):
         x = np.linspace(-3, 4, 400_001)
         kept = math.exp(-gamma * i / T * x0_hat[k].item())
-        prior = (x - x0_hat[k].item()) / pixel_aware.SPREAD
+        prior = (x - x0_hat[k].item()) / pixel_aware.SPREAD["image"]
         log = -(prior**2) / 2 - (xi[k].item() - math.sqrt(kept) * x) ** 2 / (1 - kept) / 2
         p = np.exp(log - log.max())
         m = (p * x).sum() / p.sum()
@@ -2010,7 +2010,7 @@ def test_pixel_aware_loss_is_zero_for_the_truth_and_never_mixes_examples(predict
         if predict == "eps":
             out = eps.clone()
         else:
-            mean, std = pixel_aware.guess(xi, estimate, i, T, gamma)
+            mean, std = pixel_aware.guess(xi, estimate, i, T, gamma, pixel_aware.SPREAD[scale])
             out = ((x0 - mean) / std)[:, None].repeat(1, 10, 1, 1, 1)
         out[1] += off
         return raw, full(off, 3), estimate, out
@@ -3344,6 +3344,7 @@ def test_pixel_aware_figures(empty, capsys, drawn):
     table = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
     assert [float(row[0]) for row in table] == [0.05, 1.25, 5, 20] and all(len(row) == 7 for row in table)
     assert all(-1 <= float(v) <= 1 for row in table for v in row[1:4])
+    assert 0 < float(re.search(r"SSIM (\S+) with x_δ", out).group(1)) < 1
     assert Image.open(empty / "runs/pixel_aware-shapes/estimates.png").size == (14 * 66 + 2, 5 * 66 + 2 + 14)
 
 
