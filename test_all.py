@@ -3516,23 +3516,16 @@ def test_ddm_ctrl_c_saves_and_exits_130(tmp_path):
 
 
 @SCRIPTS
-def test_two_processes_train_the_model_that_one_does(script, tmp_path):
+def test_two_processes_train_the_model_that_one_does(script, tmp_path, capsys):
     """torchrun with two processes equals one with the same global batch up to rounding (a missing average of
     gradients would not); one log, one checkpoint.
     """
     flags = ["--train", *TINY, "--dropout", 0, "--iterations", 5, "--lr", 1e-3]
-    one = process(tmp_path, *flags, "--run", "one", script=script)
-    two = process(
-        tmp_path,
-        *flags,
-        "--run",
-        "two",
-        launch=["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"],
-        script=script,
-    )
-    for p in (one, two):
-        out, err = p.communicate(timeout=120)
-        assert p.returncode == 0, err
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"]
+    two = process(tmp_path, *flags, "--run", "two", launch=launch, script=script)
+    run_main(capsys, *flags, "--run", tmp_path / "one", status=0, script=script)
+    _, err = two.communicate(timeout=120)
+    assert two.returncode == 0, err
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     start = network_of(script, a["network"])[0].state_dict()
     for name in a["model"]:
