@@ -1,7 +1,7 @@
 """Every pixel its own schedule, and the whole way back from noise in one pass of the network.
 
-The paper (anonymous, under review, 2024) lets bright pixels fade faster than dark ones: a pixel x₀ in (0, 1] loses the
-share e^{-γ x₀} of its power by the end, so that all should reach noise together, in 200 steps and not in 1000. The way
+The paper (anonymous, under review, 2024) lets bright pixels fade faster than dark ones: of its power a pixel x₀ in
+(0, 1] keeps e^{-γ x₀} to the end, so that all should reach noise together, in 200 steps and not in 1000. The way
 back then needs x₀ to know its own schedule. So a first network, a variational autoencoder G_θ, guesses from the noisy
 image the image scale x_δ = e^{-γ x₀}; and a second, R_φ, names from the noisy image and that guess the noises of all T
 steps at once, by T small heads on one U-Net. No step back asks a network again.
@@ -10,14 +10,15 @@ steps at once, by T small heads on one U-Net. No step back asks a network again.
     python pixel_aware.py --train --dataset cifar10      on CIFAR-10, in runs/pixel_aware-cifar10/
     python pixel_aware.py --sample                       one pass, from the newest run; --steps 10: ten passes
     python pixel_aware.py --algorithm1                   what Algorithm 1 makes of noises that are known
-    python pixel_aware.py --forward                      draw Figure 2; --strips, Figures 7 and 8; --estimates, 3 and 6
+    python pixel_aware.py --forward                      draw Figure 2; --strips, Figures 7 and 8A; --estimates, 3
 
 Symbols, of the paper and of this code:
 
     x₀        x0              [B, C, H, W]     the image, in [low, 1], low = .004 (elsewhere here: in [-1, 1])
     x_i       xi, x           [B, C, H, W]     noisy, at step i
     x_δ, x̂_δ  x_delta, scale  [B, C, H, W]     the image scale e^{-γ x₀} and G_θ's estimate, in [e^-γ, e^{-γ low}]
-    i, j, T   i, j, T         whole numbers    steps, 1 ... T; i also [B]. t = i/T in [0, 1]
+    j, T      j, T            whole numbers    the trajectory's steps, 1 ... T
+    i, t      i, t            numbers or [B]   where a step lies, i = place(j) in [0, T] (in the paper, i = j); t = i/T
     α, ᾱ_i    alpha(_bar)     [B, C, H, W]     x_δ^{1/T}, x_δ^{i/T}; variance: 1 - ᾱ_i
     ε̃_j       eps, noise      [B, m, C, H, W]  the noise in x_j, of one trajectory
     Z^j       Z               [B, T, C, H, W]  the heads' estimates of them; Z[:, j-1] is Z^j, 0 for j > i
@@ -31,8 +32,9 @@ Where this differs from the paper, and why (figures: README, "Results"):
 
 - Algorithm 1 does not reconstruct, not even from the true noises (`reverse` says why). The default, --solver mean, goes
   by conditional means, without fresh noise, and clips every x̂₀; --solver literal is the algorithm as printed.
-- What heads can learn of ε̃_j from x_i is E[ε̃_j | x_i], and that is T times one estimate of x₀ (`expected_noise`). By
-  default they name it (--predict x0), so that an error does not grow e^{γ x₀/2}-fold; --predict eps is the paper's.
+- What heads can learn of ε̃_j is E[ε̃_j | x_i, x̂_δ]. On the schedule of x̂_δ, as if that were the truth, it is one
+  estimate of x₀, T times (`expected_noise`). By default they name it (--predict x0), so that an error does not grow
+  e^{γ x₀/2}-fold; --predict eps is the paper's.
 - An autoencoder of x_i alone can't generate: at i = T its code knows next to nothing of the image, and from N(0, I)
   nothing. The default's code is drawn, in training, from x_i and the truth, and a prior of x_i alone learns to follow
   it by the KL (a conditional VAE): one pass then draws what that prior draws. --vae denoising is the paper's.
@@ -44,12 +46,15 @@ Where this differs from the paper, and why (figures: README, "Results"):
 - x_T is N(0, I) for bright pixels only (`moments`). --start noise begins there, as the paper; --start forward at a
   training image's own x_T; --low .25 makes all pixels bright.
 - --steps K uses the one model in K passes, each with a new x̂_δ, by a jump posterior. The paper has one pass.
-- A head is one block of two convolutions on `width` channels, where the paper has two blocks, with self-attention, on
-  512: T heads of 3 channels would each attend over HW pixels, T (HW)² numbers an image, .8 GB for CIFAR-10 and 537 GB
-  for 128x128 in float32. Some heads are trained a step (`draw_heads`), and every example's mean over its heads counts
-  alike; --heads 0 and --average heads are the paper's.
+- A head is one block of two convolutions, from `width` channels to C and from C to C, where the paper has two blocks
+  with self-attention on 512 channels; the U-Net attends at 16x16, and the paper's everywhere. (T heads of 3 channels
+  would each attend over HW pixels, T (HW)² numbers an image: .8 GB for CIFAR-10 and 537 GB for 128x128 in float32.)
+  Some heads are trained a step (`draw_heads`), and every example's mean over its heads counts alike; --heads 0 and
+  --average heads are the paper's.
 - Both networks are trained jointly, R_φ on what G_θ says at the time, without a gradient into it: one loop, one
-  checkpoint, and R_φ learns to live with x̂_δ as it is. The KL's weight and the code's size are not in the paper.
+  checkpoint. What G_θ says is, with the conditional VAE, made of the posterior's code, which has seen the truth; in
+  sampling, of the prior's. R_φ so learns to trust x̂_δ and to follow it, and in sampling trusts it too much. The KL's
+  weight and the code's size are not in the paper.
 - Errors in print stand next to the lines they change: Eq. 10 (`snr`), Eq. 17 (`snr_slope`), Propositions 1 and 2
   (`t_delta`, `moments`), line 9 of Algorithm 1 (`reverse`), the mask (`read_heads`).
 
@@ -123,7 +128,7 @@ def variance(x_delta, i, T):
 
 def snr(x0, t, gamma):
     """The signal to noise ratio at t in (0, 1]. (Eq. 10 has e^{-γ t x₀/T}: with t = i/T that divides by T twice.) This
-    and the next three are what the paper claims of the process; only tests call them.
+    and the next three are what the paper claims of the process; only tests call them, as they do `alpha`.
     """
     return x0 ** 2 / torch.expm1(gamma * t * x0)                                                        # Eq. 11, 16
 
@@ -136,8 +141,8 @@ def snr_slope(x0, t, gamma):
 def moments(x0, t, gamma):
     """(mean, standard deviation) of x_t given x0. At t = 1 dark pixels are not N(0, 1): std .277 for x0 = .004, γ = 20.
 
-    Proposition 2 says that the mean falls faster than DDPM's x₀ e^{-a t²/4} if γ x₀ > a t: not when it is already near
-    0 (γ x₀ = 20, a = 5: until t = .28). And where γ x₀ < 5, x₀ < .1 at γ = 50, it converges more slowly than DDPM's.
+    Proposition 2 says that the mean falls faster than DDPM's x₀ e^{-a t²/4} (in print a t²/2) if γ x₀ > a t: not when
+    it is already near 0 (γ x₀ = 20, a = 5: only until t = .28). It ends farther from 0 where γ x₀ < a/2.
     """
     return x0 * torch.exp(-gamma * x0 * t / 2), torch.sqrt(-torch.expm1(-gamma * t * x0))               # Eq. 25
 
@@ -168,8 +173,8 @@ def trajectory_noise(x0, gamma, T, generator=None, times=None):
     """ε̃_1 ... ε̃_T of one trajectory, [B, T, C, H, W] from x0 [B, C, H, W] in [low, 1]: what all the heads learn.
 
     They are no independent draws, for x_i's noise is in x_j for all j > i: √u_j ε̃_j is a Wiener process at the time
-    u_j = (1 - ᾱ_j)/ᾱ_j, the sum of its increments, and corr(ε̃_i, ε̃_j) = √(u_i/u_j). times: only these, [m] or [B, m],
-    rising, at the cost of m.
+    u_j = (1 - ᾱ_j)/ᾱ_j, the sum of its increments, and corr(ε̃_i, ε̃_j) = √(u_i/u_j) for i <= j. times: only these, [m]
+    or [B, m], rising, at the cost of m.
     """
     times = torch.arange(1, T + 1, device=x0.device) if times is None else times
     times = times.to(x0.dtype).expand(len(x0), -1)[..., None, None, None]
@@ -195,7 +200,7 @@ def diffuse(x0, eps, i, gamma, T):
 
 def expected_noise(eps, i, times, x_delta, T):
     """E[ε̃_j | x_i, x₀] = √(u_j/u_i) ε̃_i for the j <= i of times [m]: [B, m, C, H, W]. All that x_i can tell of ε̃_j, if
-    x₀ is known: so what the heads can learn is one estimate of x₀, T times. eps: ε̃_i [B, C, H, W], or one a head.
+    x₀ is known: to one estimate of x₀ belong these T noises. eps: ε̃_i [B, C, H, W], or one a head.
     """
     rate, eps = -x_delta.log()[:, None] / T, eps if eps.dim() == 5 else eps[:, None]
     i = torch.as_tensor(i, dtype=eps.dtype, device=eps.device).reshape(-1, 1, 1, 1, 1)
@@ -204,7 +209,7 @@ def expected_noise(eps, i, times, x_delta, T):
 
 
 def posterior(xi, x0, x_delta, i, s, T):
-    """(mean, variance) of q(x_s | x_i, x₀), s < i: a step of one (Eq. 4) or a jump. At s = 0 the mean is x0."""
+    """(mean, variance) of q(x_s | x_i, x₀) for any s < i: Eq. 4 with x₀ in ε̃'s place. At s = 0 the mean is x0."""
     i, s = like_image(i), like_image(s)
     kept, added, left = alpha_bar(x_delta, i - s, T), variance(x_delta, i - s, T), variance(x_delta, s, T)
     mean = alpha_bar(x_delta, s, T).sqrt() * added * x0 + kept.sqrt() * left * xi
@@ -218,7 +223,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c_in, widths, emb, latent):
         super().__init__()
-        c = max(1, latent // 32)                            # 16 c numbers become 2 of each latent: a larger space
+        c = max(1, latent // 32)                            # 16 c = latent/2 numbers are projected to more
         self.first = unet.conv(c_in, widths[0])
         self.blocks = nn.ModuleList(unet.Block(w, w, emb, 0.0) for w in widths)
         self.down = nn.ModuleList(unet.conv(a, b, stride=2) for a, b in zip(widths, widths[1:]))
@@ -360,7 +365,7 @@ def read_scale(raw, scale, gamma, low=LOW):
     return raw.clamp(math.exp(-gamma), math.exp(-gamma * low))
 
 
-SPREAD = {"image": 0.1, "delta": 0.3}       # about the root mean square error of x̂_δ's image, by what the VAE names
+SPREAD = {"image": 0.1, "delta": 0.3}       # about the root mean square error of x̂_δ's image, in training
 
 
 def guess(xi, scale, i, T, gamma, spread=SPREAD["image"]):
@@ -402,8 +407,9 @@ def head_weights(i, times, average="examples"):
 
 def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", predict="x0", kl=0.02):
     """The loss per example, [B], of both networks. x0: [B, C, H, W] in [low, 1]; eps_i, eps: `draw_trajectory`'s, of
-    which predict="x0" needs the first alone; weights: [B, m]; z: [B, latent]; heads: [m]. The VAE's: its squared error,
-    and kl times the KL over the number of pixels.
+    which predict="x0" needs the first alone; weights: [B, m]; z: [B, latent]; heads: [m]. For "x0" all heads have one
+    target, the image's distance from `guess` in its standard deviations. The VAE's loss: its squared error, and kl
+    times the KL over the number of pixels.
     """
     xi = diffuse(x0, eps_i, i, gamma, T)
     truth = x_delta(x0, gamma) if scale == "delta" else x0
@@ -423,9 +429,9 @@ def reverse(xi, i, x_delta, Z, T, mode="mean", generator=None, *, low=LOW, grid=
 
     mode "literal": Algorithm 1 (whose line 9 prints α for ᾱ under the root). Each Z^j was made for the x_j of the
     forward path, not for x̂_j, and nothing brings x̂_j back: with the true ε̃_j it does not reconstruct, but ends
-    √(2(e^{γ x₀} - 1)) away (noise=False: without its fresh noise, √(e^{γ x₀} - 1)). With Z^j = E[ε̃_j | x_i, x₀], which
-    is what a squared error teaches, and without noise, it does. mode "mean": so no noise, and the same step by way of
-    x̂₀, kept in [low, 1].
+    √(2(e^{γ x₀} - 1)) away (noise=False: without its fresh noise, √(e^{γ x₀} - 1)). With Z^j = E[ε̃_j | x_i, x₀], what
+    a squared error teaches if x̂_δ is exact, and without noise, it does. mode "mean": so no noise, and the same step by
+    way of x̂₀, kept in [low, 1].
     """
     if mode not in ("mean", "literal"):
         raise ValueError(f"there is no mode {mode}")
@@ -450,11 +456,11 @@ def reverse(xi, i, x_delta, Z, T, mode="mean", generator=None, *, low=LOW, grid=
 def sample(G, R, x, passes=1, *, gamma, T, mode="mean", generator=None, low=LOW, grid="uniform", noise=True,
            watch=None):
     """From x_T [B, C, H, W] to images in [-1, 1]: `passes` calls of G(x_i, t, generator) -> x̂_δ and as many of
-    R(x_i, x̂_δ, t) -> Z, at evenly many of the trajectory's steps.
+    R(x_i, x̂_δ, t) -> Z, at as many evenly spaced steps j.
 
-    One pass is Algorithm 1. Each of several goes all the way to its x̂₀ and jumps from there to the next one's x_s, by
-    q(x_s | x_i, x̂₀), with the schedule that x̂₀ itself implies. watch(t, x, x̂₀): called T times, before every step down
-    to x_s, and at last with t = 0 and the image. Raises ValueError.
+    One pass, mode "literal", is Algorithm 1. Each of several goes all the way to its x̂₀ and jumps from there to the next
+    one's x_s, by q(x_s | x_i, x̂₀), with the schedule that x̂₀ itself implies. watch(t, x, x̂₀): called T times, before
+    every step down to x_s, and at last with t = 0 and the image. Raises ValueError.
     """
     if not 1 <= passes <= T or grid not in GRIDS:
         raise ValueError(f"a {grid} trajectory of {T} steps has no {passes} passes")
@@ -516,8 +522,8 @@ def train(run, settings, checkpoint, args, processes):
 
 
 def draw_heads(m, T, generator):
-    """m > 1 of the heads 1 ... T, rising: the first, which every example has, and others with odds 1/√j, for only these
-    have examples of small i. (Adam makes up for a head's being drawn less often, by and large.)
+    """m > 1 of the heads 1 ... T, rising: the first, which every example has, and others with odds 1/√j: the low ones
+    more often, for only they are active when i is small.
     """
     rest = torch.arange(2, T + 1, device=generator.device)
     if m < T:
@@ -702,7 +708,7 @@ def write_algorithm1(run, settings, checkpoint, args, processes, side=40):
 
 
 def write_strips(run, settings, checkpoint, args, processes):
-    """Figures 7 and 8: strips.png. For each of up to three training images: forward, DDPM's forward, and the way back
+    """Figures 7 and 8A: strips.png. For each of up to three training images: forward, DDPM's forward, and the way back
     from x_T, above x̂₀ on the way.
     """
     passes, options = solver_of(settings, args)
@@ -721,7 +727,7 @@ def write_strips(run, settings, checkpoint, args, processes):
 
 
 def write_estimates(run, settings, checkpoint, args, processes):
-    """Figures 3, 5 and 6: what one pass makes of --n training images, forwarded to i: estimates.png, and on stdout the
+    """Figure 3: what one pass makes of --n training images, forwarded to i: estimates.png, and on stdout the
     SSIM of x̂_δ and of ᾱ_i made of it, as the paper reports them, and the errors of the VAE's image and of x̂₀.
     """
     G, R, x = trained_models(run, settings, checkpoint, args, processes, args.n)
@@ -776,8 +782,8 @@ def arguments(argv=None):
     add = group["what to do"].add_argument
     add("--forward", action="store_true", help="draw Figure 2, of a training image, here, by matplotlib")
     add("--algorithm1", action="store_true", help="draw what Algorithm 1 makes of noises that are known, by matplotlib")
-    add("--strips", action="store_true", help="draw Figures 7 and 8, of a run: forward and back")
-    add("--estimates", action="store_true", help="draw Figures 3 and 6, of a run, and say how near its estimates are")
+    add("--strips", action="store_true", help="draw Figures 7 and 8A, of a run: training images forward, and back")
+    add("--estimates", action="store_true", help="draw Figure 3, of a run: how near its estimates are")
     add = group["method"].add_argument
     add("--T", type=data.number(int, 1, 5000), metavar="N", help="steps of the trajectory, and heads of R")
     add("--gamma", type=data.number(float, 0, 80, above=True), help="how fast pixels fade, up to 80: e^-γ is left of 1")
