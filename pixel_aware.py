@@ -458,8 +458,8 @@ def sample(G, R, x, passes=1, *, gamma, T, mode="mean", generator=None, low=LOW,
     """From x_T [B, C, H, W] to images in [-1, 1]: `passes` calls of G(x_i, t, generator) -> x̂_δ and as many of
     R(x_i, x̂_δ, t) -> Z, at as many evenly spaced steps j.
 
-    One pass, mode "literal", is Algorithm 1. Each of several goes all the way to its x̂₀ and jumps from there to the next
-    one's x_s, by q(x_s | x_i, x̂₀), with the schedule that x̂₀ itself implies. watch(t, x, x̂₀): called T times, before
+    One pass, mode "literal", is Algorithm 1. Each of several goes all the way to its x̂₀ and jumps from there to the
+    next one's x_s, by q(x_s | x_i, x̂₀), with the schedule that x̂₀ itself implies. watch(t, x, x̂₀): called T times, before
     every step down to x_s, and at last with t = 0 and the image. Raises ValueError.
     """
     if not 1 <= passes <= T or grid not in GRIDS:
