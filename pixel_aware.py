@@ -763,8 +763,8 @@ DEFAULTS = {dataset: {**sizes, **COMMON} for dataset, sizes in unet.COMPACT.item
 DEFAULTS["shapes"] |= dict(iterations=700)
 DEFAULTS |= {name: {**DEFAULTS[name], "T": 500, "gamma": 50.0}
              for name in ("celeba", "celebahq", "lsun-church", "folder")}
-METHOD = dict(grid="uniform", heads=0, average="heads", vae="denoising", scale="delta", predict="eps", width=128,
-              blocks=2, iterations=1_500_000)
+METHOD = dict(grid="uniform", heads=0, average="heads", vae="denoising", scale="delta", predict="eps", kl=0.002,
+              width=128, blocks=2, iterations=1_500_000)
 PAPER = {"cifar10": {**METHOD, "mult": (1, 2, 2, 2), "batch_size": 128, "lr": 1e-4},
          "celeba": {**METHOD, "image_size": 128, "mult": (1, 1, 2, 2, 4), "batch_size": 16, "lr": 2e-4}}
 NETWORK = ("width", "mult", "blocks", "attention", "dropout", "T", "gamma", "low", "grid", "latent", "vae", "scale",
@@ -778,7 +778,7 @@ FIGURES = {"forward": (write_forward, "dataset data_dir image_size T gamma low s
 
 def arguments(argv=None):
     """Parse the command line; a flag that was not given is None (or False, if it is a switch)."""
-    parser, group = data.parser("pixel_aware", __doc__, DEFAULTS, PAPER, "1")
+    parser, group = data.parser("pixel_aware", __doc__, DEFAULTS, PAPER, "1: passes of both networks")
     add = group["what to do"].add_argument
     add("--forward", action="store_true", help="draw Figure 2, of a training image, here, by matplotlib")
     add("--algorithm1", action="store_true", help="draw what Algorithm 1 makes of noises that are known, by matplotlib")
