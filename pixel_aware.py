@@ -760,7 +760,7 @@ def write_estimates(run, settings, checkpoint, args, processes):
 COMMON = dict(T=200, gamma=20.0, low=LOW, grid="quadratic", heads=20, average="examples", latent=512,
               vae="conditional", scale="image", predict="x0", kl=0.02, seed=0)
 DEFAULTS = {dataset: {**sizes, **COMMON} for dataset, sizes in unet.COMPACT.items()}
-DEFAULTS["shapes"] |= dict(iterations=700)
+DEFAULTS["shapes"] |= dict(iterations=600)
 DEFAULTS |= {name: {**DEFAULTS[name], "T": 500, "gamma": 50.0}
              for name in ("celeba", "celebahq", "lsun-church", "folder")}
 METHOD = dict(grid="uniform", heads=0, average="heads", vae="denoising", scale="delta", predict="eps", kl=0.002,
