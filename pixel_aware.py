@@ -40,7 +40,8 @@ Where this differs from the paper, and why (figures: README, "Results"):
   it by the KL (a conditional VAE): one pass then draws what that prior draws. --vae denoising is the paper's.
 - x_δ forgets everything bright: e^{-20 x₀} is 5e-5 at x₀ = .5, and no squared error sees the rest; but the schedule
   needs ln x̂_δ. By default the VAE names the image, and x̂_δ is e^{-γ x̂₀} (--scale image). --scale delta is the paper's,
-  which calls the other one worse (Appendix F). R_φ is shown x̂_δ and its logarithm.
+  which calls the other one worse (Appendix F); measured, each is better at something. R_φ is shown x̂_δ and its
+  logarithm.
 - The first of T even steps adds noise of √(γ x₀/T), .22 at x₀ = .5 for the paper's γ/T = .1: nobody can give back the
   detail under it. By default the steps are dense near the image (`place`); --grid uniform is the paper's.
 - x_T is N(0, I) for bright pixels only (`moments`). --start noise begins there, as the paper; --start forward at a
