@@ -417,7 +417,7 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
     raw, divergence, shown, out = model(xi, i / T, z, truth, heads)
     mean, std = guess(xi, shown, i, T, gamma, SPREAD[scale])
     target = eps if predict == "eps" else ((x0 - mean) / std)[:, None]
-    error = (out - target).square().flatten(2).mean(2)                                                     # Eq. 15
+    error = (out - target).square().flatten(2).mean(2)                                                  # Eq. 15
     return ((weights * error).sum(1) + (raw - truth).square().flatten(1).mean(1)
             + kl * divergence / x0[0].numel())
 

@@ -1942,8 +1942,8 @@ def test_pixel_aware_guess_is_gaussian_conditioning():
 
 
 def test_pixel_aware_heads_that_name_the_image_reverse_to_it():
-    """Heads that name an image have the Z of that image, and one pass of the mean form gives it back, whatever x̂_δ is
-    and with a different image a head only the first heads matter at the end. Catches Z of another schedule.
+    """Heads that name an image have the Z of that image, and one pass of the mean form gives it back, whatever x̂_δ is.
+    Catches Z of another schedule.
     """
     T, gamma, x0 = 40, 20.0, pixels(3, 1, 4, 4)
     xi, heads, i = randn(3, 1, 4, 4), torch.arange(1, 41), torch.tensor([40, 17, 1])
