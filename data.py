@@ -11,6 +11,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -173,11 +175,11 @@ def load(name, data_dir, size, processes):
     if processes.rank == 0 and not path.exists():
         if name == "cifar10":
             pixels = read_array(whole, 32).transpose(0, 2, 3, 1) if whole.exists() else download_cifar10(data_dir)
-            write_array(path, pixels, lambda item: square(Image.fromarray(item), size), 3)
+            write_array(path, pixels, lambda item: square(Image.fromarray(item), size), (len(pixels), 3, size, size))
         else:
             files = files or listing(data_dir / name, name)
-            channels = 1 if all(open_image(file, header=True) for file in files) else 3
-            write_array(path, files, lambda file: square(open_image(file), size, CROPS[name]), channels)
+            shape = (len(files), channels_of(files), size, size)
+            write_array(path, files, lambda file: square(open_image(file), size, CROPS[name]), shape)
     barrier(processes)
     images, device = torch.from_numpy(read_array(path, size)), processes.device
     fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
@@ -241,18 +243,22 @@ def square(image, size, crop=None):
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
 
 
-def write_array(path, items, read, channels):
-    """Write read(item) [C, S, S] of every item into one .npy, under a temporary name that is then renamed."""
+def channels_of(files):
+    """1 if all these images are grey, else 3."""
+    return 1 if all(open_image(file, header=True) for file in files) else 3
+
+
+def write_array(path, items, read, shape, place=lambda i: i):
+    """Write read(item) of every item to array[place(i)] of one .npy, under a temporary name that is then renamed."""
     partial, live = path.with_name(f".{path.name}.{os.getpid()}.partial"), Live()
     with explained("write", path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            shape = (len(items), channels, *read(items[0]).shape[1:])
             array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
             with concurrent.futures.ThreadPoolExecutor() as pool:           # Pillow decodes outside of Python's lock
                 for k in range(0, len(items), 1000):
                     for i, image in enumerate(pool.map(read, items[k:k + 1000]), k):
-                        array[i] = image                                    # grey fills equal channels
+                        array[place(i)] = image                             # grey fills equal channels
                     live(f"{path.name}: {i + 1} of {len(items)} images", last=i + 1 == len(items))
             array.flush()
             os.replace(partial, path)
@@ -260,19 +266,20 @@ def write_array(path, items, read, channels):
             partial.unlink(missing_ok=True)
 
 
-def shapes(n, size):
+def shapes(n, size, seed=0, mask=False):
     """The embedded dataset: disks, rings, squares, triangles and crosses in four colours, uint8 [n, 3, size, size].
 
     One shape an image, near the centre, drawn by Pillow at four times the size and averaged down; the same everywhere.
+    mask=True: the same shapes in white on black, [n, 1, size, size].
     """
-    random, big, ground = np.random.default_rng(0), 4 * size, (16, 20, 40)
+    random, big, ground = np.random.default_rng(seed), 4 * size, 0 if mask else (16, 20, 40)
     colours = [(235, 70, 60), (250, 200, 50), (80, 200, 110), (90, 150, 250)]
-    images = np.empty((n, size, size, 3), np.uint8)
+    images = np.empty((n, size, size, 1 if mask else 3), np.uint8)
     for i in range(n):
         r = big * random.uniform(0.30, 0.38)
         x, y = big / 2 + big * random.uniform(-0.1, 0.1, 2)
         fill = colours[random.integers(len(colours))]
-        image = Image.new("RGB", (big, big), ground)
+        fill, image = 255 if mask else fill, Image.new("L" if mask else "RGB", (big, big), ground)
         draw, kind = ImageDraw.Draw(image), i % 5
         if kind == 0:
             draw.ellipse([x - r, y - r, x + r, y + r], fill)
@@ -285,7 +292,7 @@ def shapes(n, size):
         else:
             draw.rectangle([x - r, y - 0.33 * r, x + r, y + 0.33 * r], fill)
             draw.rectangle([x - 0.33 * r, y - r, x + 0.33 * r, y + r], fill)
-        images[i] = np.asarray(image.reduce(4))
+        images[i] = np.asarray(image.reduce(4)).reshape(images[i].shape)
     return images.transpose(0, 3, 1, 2).copy()
 
 
@@ -306,6 +313,300 @@ def draw_batch(images, batch_size, generator):
     flip = torch.rand(batch_size, generator=generator, device=device) < 0.5
     x0 = to_float(images[index.to(images.device)].to(device))
     return torch.where(flip[:, None, None, None], x0.flip(-1), x0)
+
+
+# ------------------------------------------------------------------------------------------ image-conditioned tasks
+
+TARGETS = {"super_resolution": None, "inpainting": None, "saliency": "mask", "edges": "edge"}   # the target's folder
+SCALE = 4           # of super-resolution, each way
+GAIN = 4.0          # what super-resolution's residual is multiplied by: its root mean square becomes about .3
+
+
+def shrink(image):
+    """The low-resolution image: bicubic with antialiasing (a = -1/2, as Pillow and MATLAB), rounded to 8 bits."""
+    size = [length // SCALE for length in image.shape[-2:]]
+    small = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
+    return to_float(to_uint8(small))
+
+
+def enlarge(image):
+    """Super-resolution's baseline and condition: the same bicubic kernel, the other way."""
+    size = [length * SCALE for length in image.shape[-2:]]
+    return torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def draw_hole(height, width, unit, random):
+    """A mask of what is missing, bool [height, width]: boxes and free-form strokes, one for every unit² pixels.
+
+    unit: the size of image for which one hole is right, in pixels (the training patches'); random: numpy's Generator.
+    """
+    canvas = Image.new("1", (width, height))
+    draw = ImageDraw.Draw(canvas)
+    for _ in range(max(1, round(height * width / unit ** 2))):
+        x, y = random.uniform(0, width), random.uniform(0, height)
+        if random.random() < 0.5:
+            w, h = random.uniform(0.1, 0.25, 2) * unit              # half the sides, so at most half the unit each
+            x, y = min(max(x, w), max(w, width - w)), min(max(y, h), max(h, height - h))
+            draw.rectangle([x - w, y - h, x + w, y + h], fill=1)
+            continue
+        thick, angle = random.uniform(0.06, 0.15) * unit, random.uniform(0, 2 * math.pi)
+        for _ in range(random.integers(3, 8)):
+            angle += random.uniform(-1, 1)
+            step = random.uniform(0.1, 0.3) * unit
+            end = [min(max(x + step * math.cos(angle), 0), width), min(max(y + step * math.sin(angle), 0), height)]
+            draw.line([x, y, *end], fill=1, width=max(1, round(thick)))
+            draw.ellipse([end[0] - thick / 2, end[1] - thick / 2, end[0] + thick / 2, end[1] + thick / 2], fill=1)
+            x, y = end
+    return torch.from_numpy(np.array(canvas))
+
+
+def example(task, image, target=None, hole=None):
+    """(x0, condition) of a task: what is diffused, and what the network is told. All [B, ., H, W] in [-1, 1].
+
+    image: C channels. target: one channel, of saliency and edges. hole: bool [B, 1, H, W], of inpainting.
+    Super-resolution diffuses GAIN times what bicubic enlargement lacks.
+    """
+    if task == "super_resolution":
+        condition = enlarge(shrink(image))
+        return GAIN * (image - condition), condition
+    if task == "inpainting":
+        return image, torch.cat([image.masked_fill(hole, 0), 2.0 * hole - 1], dim=1)
+    return target, image
+
+
+def finish(task, x0, condition):
+    """The image that a sample x0 means: with the residual added, or with the known pixels pasted back."""
+    if task == "super_resolution":
+        return (condition + x0 / GAIN).clamp(-1, 1)
+    if task == "inpainting":
+        return torch.where(condition[:, -1:] > 0, x0, condition[:, :-1]).clamp(-1, 1)
+    return x0.clamp(-1, 1)
+
+
+class Pairs:
+    """Images with their targets, of any sizes, behind each other in one uint8 array: [C + K, h, w] each.
+
+    pixels: uint8 [total], mapped or on a GPU. sizes: (h, w) of every image, none below `size`. channels: C. The K last
+    channels are the target, and none where the task makes it from the image. shape: [N, C, size, size], as of a
+    dataset of patches.
+    """
+
+    def __init__(self, task, pixels, sizes, channels, size):
+        self.task, self.pixels, self.sizes, self.shape = task, pixels, sizes, (len(sizes), channels, size, size)
+        self.planes = channels + (TARGETS[task] is not None)
+        self.ends = np.cumsum([0, *(self.planes * h * w for h, w in sizes)])
+
+    def __getitem__(self, i):
+        return self.pixels[self.ends[i]:self.ends[i + 1]].view(self.planes, *self.sizes[i])
+
+    def draw(self, batch_size, generator):
+        """(x0, condition) of a batch, on the generator's device: images drawn with replacement, of each a patch,
+        flipped by a coin, image and target alike. A function of the generator's seed alone.
+        """
+        random, size, patches, holes = np.random.default_rng(generator.initial_seed()), self.shape[-1], [], None
+        for i in random.integers(len(self.sizes), size=batch_size):
+            h, w = self.sizes[i]
+            top, left = random.integers(h - size + 1), random.integers(w - size + 1)
+            patch = self[i][:, top:top + size, left:left + size]
+            patches.append(patch.flip(-1) if random.random() < 0.5 else patch)
+        x = to_float(torch.stack(patches).to(generator.device))
+        if self.task == "inpainting":
+            holes = torch.stack([draw_hole(size, size, size, random) for _ in range(batch_size)])[:, None].to(x.device)
+        return example(self.task, x[:, :self.shape[1]], x[:, self.shape[1]:], holes)
+
+
+def load_pairs(settings, processes):
+    """The training images, and targets, of settings["task"] as Pairs. Raises Problem.
+
+    The embedded shapes have all targets; other datasets serve super-resolution and inpainting; of a folder's,
+    `partners` tells. Its files are decoded once into data/pairs-*.npy, keyed by the listing, and only mapped later.
+    """
+    task, name, size = settings["task"], settings["dataset"], settings["image_size"]
+    if name != "folder":
+        if name != "shapes" and TARGETS[task]:
+            raise Problem(f"--task {task} needs targets, which {name} has not: use shapes, or --dataset folder", 2)
+        shapes_ = name == "shapes"
+        pixels = shape_pairs(task, 5000, size) if shapes_ else load(name, settings["data_dir"], size, processes)
+        channels = pixels.shape[1] - (TARGETS[task] is not None)
+        return Pairs(task, pixels.to(processes.device).reshape(-1), [(size, size)] * len(pixels), channels, size)
+    files = partners(settings["data_dir"], task)
+    channels, sizes = channels_of([image for image, _ in files]), [fitted(image, task, size) for image, _ in files]
+    state = repr([task, size, settings["edge_bits"],
+                  *[(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for pair in files for f in pair if f]])
+    path = pathlib.Path(f"data/pairs-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy")
+    pairs = Pairs(task, None, sizes, channels, size)
+
+    def read(i):
+        image, target, _ = open_pair(task, *files[i], settings["edge_bits"])
+        image = image.convert("RGB" if channels == 3 else "L")
+        planes = [np.asarray(plane.resize(sizes[i][::-1], Image.BICUBIC) if plane.size != sizes[i][::-1] else plane)
+                  for plane in (image, target) if plane]
+        return np.concatenate([plane.reshape(*sizes[i], -1).transpose(2, 0, 1).reshape(-1) for plane in planes])
+
+    if processes.rank == 0:
+        print(f"{len(files)} images below {settings['data_dir']} (folders named test, or ending in -TE, are left out)")
+        if not path.exists():
+            write_array(path, range(len(files)), read, (int(pairs.ends[-1]),),
+                        lambda i: slice(pairs.ends[i], pairs.ends[i + 1]))
+    barrier(processes)
+    try:
+        pixels, device = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)), processes.device
+    except Exception as error:              # numpy raises many kinds
+        raise Problem(f"{path} is damaged ({error}): delete it, and it is made again") from error
+    fits = device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+    pairs.pixels = pixels.to(device) if fits else pixels
+    return pairs
+
+
+def shape_pairs(task, n, size, seed=0):
+    """Embedded shapes and their targets, uint8 [n, 3 or 4, size, size]: the mask, or its one-pixel outline."""
+    images = torch.from_numpy(shapes(n, size, seed))
+    if not TARGETS[task]:
+        return images
+    target = torch.from_numpy(shapes(n, size, seed, mask=True))
+    if task == "edges":
+        inside = (target >= 128).float()
+        target = ((inside + torch.nn.functional.max_pool2d(-inside, 3, 1, 1)) * 255).to(torch.uint8)
+    return torch.cat([images, target], dim=1)
+
+
+def partners(folder, task, test=False):
+    """[(image, its target or None)] of all images below a folder, sorted. Raises Problem.
+
+    Where the task needs targets, images lie in a folder named images (or ending so: DUTS-TR-Image), and the target of
+    images/x.jpg is masks/x.* or edges/x.* beside it. Folders of targets are no images, and folders named test or ending
+    in -TE (DUTS's) are left out, unless the folder itself is one or test is true.
+    """
+    folder = pathlib.Path(folder)
+    files, word, found = listing(folder, "folder"), TARGETS[task], []
+
+    def of(file, *words):                   # whether a folder on the way to the file is named so
+        return any(re.search(rf"({'|'.join(words)})s?$", part, re.I) for part in file.relative_to(folder).parts[:-1])
+
+    files = [f for f in files if not of(f, "masks?", "edges?") and (test or not of(f, "^test", "-te"))]
+    for file in files:
+        if not word:
+            found.append((file, None))
+        elif of(file, "images?") or re.search("images?$", folder.name, re.I):
+            beside = re.sub("images?$", "", file.parent.name, flags=re.I) + word
+            names = (beside.lower(), f"{beside}s".lower())
+            places = [place for place in file.parent.parent.glob("*") if place.name.lower() in names]
+            mates = sorted(mate for place in places for mate in place.glob(f"{glob.escape(file.stem)}.*"))
+            if not mates:
+                raise Problem(f"{file} has no partner: --task {task} looks for ../{beside}s/{file.stem}.*")
+            found.append((file, mates[0]))
+    if not found:
+        where = f" in folders named images, beside folders of {word}s" if word else ""
+        raise Problem(f"{folder} has no images{where} to use (folders named test are left out)", 2)
+    return found
+
+
+def open_pair(task, image, target, bits):
+    """(image, target or None, annotators or None): Pillow images, and bool [A, h, w] of edges. Raises Problem.
+
+    bits: bit k of an edge PNG is annotator k's (those who marked nothing can't be told from none); the target is their
+    mean. Otherwise it is grey, as a mask is, and one annotator's where it is 128 or more.
+    """
+    image = open_image(image)
+    if target is None:
+        return image, None, None
+    name, target, annotators = target, open_image(target), None
+    if target.size != image.size:
+        raise Problem(f"{name} is {target.width}x{target.height}, and its image {image.width}x{image.height}")
+    pixels = np.asarray(target.convert("L"))
+    if task == "edges":
+        planes = [pixels >> k & 1 for k in range(8)] if bits else [pixels >= 128]
+        annotators = np.stack([plane.astype(bool) for plane in planes if plane.any()] or [np.zeros_like(pixels, bool)])
+        if bits:
+            pixels = (255 * annotators.mean(0)).round().astype(np.uint8)
+    return image, Image.fromarray(pixels), annotators
+
+
+def fitted(file, task, size):
+    """(h, w) to train an image file at: a square for saliency, which is about the whole image; else its own size, or as
+    much more as makes room for a patch.
+    """
+    with Image.open(file) as image:
+        w, h = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size      # turned by a quarter
+    more = max(1, size / min(h, w))
+    return (size, size) if task == "saliency" else (max(size, round(h * more)), max(size, round(w * more)))
+
+
+def psnr(a, b, where=None):
+    """Peak signal-to-noise ratio in dB of two images in [0, 255], over the elements that the mask `where` selects."""
+    error = (a.double() - b.double()) ** 2
+    error = (error if where is None else error[where.expand_as(error)]).mean()
+    return float(10 * torch.log10(255 ** 2 / error))
+
+
+def luma(rgb):
+    """Y of RGB or grey images [B, 3 or 1, H, W] in [0, 255]: BT.601's, in [16, 235], as super-resolution measures."""
+    weights = rgb.new_tensor([65.481, 128.553, 24.966])[:, None, None] / 255
+    return 16 + (rgb.expand(-1, 3, -1, -1) * weights).sum(1, keepdim=True)
+
+
+def dilate(p, radius):
+    """The largest value of p [..., H, W] within a disk of that radius, in pixels."""
+    reach, (h, w) = int(radius), p.shape[-2:]
+    padded = torch.nn.functional.pad(p, (reach,) * 4, value=-math.inf)
+    offsets = [(i, j) for i in range(2 * reach + 1) for j in range(2 * reach + 1)
+               if (i - reach) ** 2 + (j - reach) ** 2 <= radius ** 2]
+    return functools.reduce(torch.maximum, (padded[..., i:i + h, j:j + w] for i, j in offsets))
+
+
+def thin(p):
+    """Edge strengths p [H, W] in [0, 1] with all but the ridges' crests set to 0: non-maximum suppression.
+
+    The direction across a ridge is that of the largest curvature of a smoothed p; a pixel stays unless p is more than
+    1 % larger one pixel away in that direction, to either side.
+    """
+    smooth = p[None, None]
+    for _ in range(2):                      # a triangle of radius 4, each way
+        smooth = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(smooth, (2,) * 4, mode="replicate"), 5, 1)
+    dy, dx = torch.gradient(smooth[0, 0])
+    (dyy, dyx), dxx = torch.gradient(dy), torch.gradient(dx)[1]
+    angle = 0.5 * torch.atan2(2 * dyx, dxx - dyy)               # the Hessian's eigenvector of the larger eigenvalue,
+    angle = angle + math.pi / 2 * (dxx + dyy < 0)               # or the other one, where that one's is larger in size
+    h, w = p.shape
+    y, x = torch.meshgrid(torch.arange(h).to(p), torch.arange(w).to(p), indexing="ij")
+    keep = torch.ones_like(p, dtype=torch.bool)
+    for side in (-1, 1):
+        at = torch.stack([(x + side * angle.cos()) * 2 / (w - 1) - 1, (y + side * angle.sin()) * 2 / (h - 1) - 1], -1)
+        beside = torch.nn.functional.grid_sample(p[None, None], at[None], padding_mode="border", align_corners=True)
+        keep &= 1.01 * p >= beside[0, 0]
+    return p * keep
+
+
+def edge_counts(p, annotators, thresholds, tolerance=0.0075):
+    """What precision and recall are made of, float64 [T, 4]: edge pixels found, of them right; marked ones, of them
+    found.
+
+    p: thinned strengths [H, W]. annotators: bool [A, H, W]. A found pixel is right if any annotator marked one within
+    `tolerance` of the diagonal; a marked one, of each annotator, is found if there is a found one within it. That is
+    matching by dilation, which approximates the benchmark's one-to-one correspondence from above: two found pixels may
+    share a mark.
+    """
+    radius = tolerance * math.hypot(*p.shape)
+    near = dilate(annotators.any(0).to(p), radius) > 0
+    marked = dilate(p, radius).expand(annotators.shape)[annotators]
+
+    def above(values):                      # how many are at least each threshold
+        return len(values) - torch.searchsorted(values.sort().values, thresholds.to(values))
+    return torch.stack([above(p.flatten()), above(p[near]), torch.full_like(thresholds, len(marked)), above(marked)],
+                       dim=1).double()
+
+
+def f_score(counts):
+    """F = 2PR/(P + R) of edge counts [..., 4]."""
+    found, right, marked, reached = counts.unbind(-1)
+    precision, recall = right / found.clamp(min=1), reached / marked.clamp(min=1)
+    return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+
+
+def ods_ois(counts):
+    """F at the one best threshold for the dataset, and with each image at its own best. counts: [images, T, 4]."""
+    best = f_score(counts).argmax(1)
+    return float(f_score(counts.sum(0)).max()), float(f_score(counts[torch.arange(len(counts)), best].sum(0)))
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -418,9 +719,15 @@ class Training:
         self.run, self.settings, self.processes = pathlib.Path(run), settings, processes
         self.iterations, self.save_every = settings["iterations"], args.save_every
         self.mine, self.signal = share(settings["batch_size"], processes), 0
-        self.images = load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
+        if settings.get("task", "none") != "none":
+            self.images = load_pairs(settings, processes)
+        else:
+            self.images = load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
         self.network, device = network_of(settings, self.images.shape[1]), processes.device
-        net, ema = create(self.network, device, seed("weights", settings["seed"]))
+        try:
+            net, ema = create(self.network, device, seed("weights", settings["seed"]))
+        except OSError as error:            # of weights to download
+            raise Problem(str(error)) from error
         optimizer = optimizer(net.parameters(), lr=settings["lr"], fused=device.type in ("cpu", "cuda"))
         self.parts = {"model": net, "ema": ema, "optimizer": optimizer}
         self.start = restore(run, checkpoint, **self.parts)
@@ -545,6 +852,26 @@ def picture(images, columns=None, labels=()):
     return canvas
 
 
+def pil(image):
+    """uint8 [C, h, w] as a Pillow image, RGB or L."""
+    return Image.fromarray(image.permute(1, 2, 0).squeeze(-1).contiguous().numpy())
+
+
+def side_by_side(rows, labels):
+    """Rows of Pillow images of any sizes as one, small ones enlarged, with a label above every column."""
+    zoom, gap, head = max(1, round(64 / max(rows[0][0].size))), 2, 14
+    across = max(1, round(math.sqrt(len(rows) / len(labels)))) if zoom > 1 else 1       # small rows stand side by side
+    w, h = (gap + zoom * max(image.size[axis] for row in rows for image in row) for axis in (0, 1))
+    columns = across * len(labels)
+    canvas = Image.new("RGB", (gap + columns * w, head + math.ceil(len(rows) / across) * h), "white")
+    for k, (row, column) in enumerate((row, column) for row in range(len(rows)) for column in range(len(labels))):
+        image, x, y = rows[row][column], gap + (row % across * len(labels) + column) * w, head + row // across * h
+        canvas.paste(image.resize((zoom * image.width, zoom * image.height), Image.NEAREST).convert("RGB"), (x, y))
+    for j in range(columns):
+        ImageDraw.Draw(canvas).text((gap + j * w, 1), labels[j % len(labels)], fill="black")
+    return canvas
+
+
 def save_png(image, path, **text):
     """Write a Pillow image atomically as PNG, with text chunks."""
     info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
@@ -617,8 +944,7 @@ def sample_folder(draw, n, folder, batch_size, identity, processes):
     for k in range(0, len(mine), batch_size):
         names = mine[k:k + batch_size]
         for name, image in zip(names, draw([int(name[:-4]) for name in names])):
-            pixels = image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
-            save_png(Image.fromarray(pixels), folder / name, sample=identity)
+            save_png(pil(image), folder / name, sample=identity)
         if processes.rank == 0:
             done, seconds = k + len(names), time.monotonic() - began
             live(f"{done} of {len(mine)} images   {done / seconds:,.1f} images/s each process", done == len(mine))
@@ -669,6 +995,168 @@ def draw_samples(draw, x, run, checkpoint, args, calls, options, processes, look
         files = [run / name for name in ("samples.png", "trajectory.png", "checkpoint.pt", "log.jsonl")]
         print(f"sampled: {text}; {args.n} images at {rate:,.1f} images/s")
         print("wrote " + ", ".join(str(file) for file in files if file.exists()), flush=True)
+
+
+def score(task, prediction, truth, hole=None, annotators=None):
+    """What a prediction is worth: {metric: value}, or of edges their counts at 99 thresholds. All in [0, 255].
+
+    PSNR in dB: of super-resolution on Y and on RGB, without a border of SCALE pixels; of inpainting inside the hole.
+    MAE of saliency as a fraction of the range.
+    """
+    if task == "super_resolution":
+        a, b = (x[..., SCALE:-SCALE, SCALE:-SCALE] for x in (prediction, truth))
+        return {"PSNR on Y, dB": psnr(luma(a), luma(b)), "PSNR on RGB, dB": psnr(a, b)}
+    if task == "inpainting":
+        return {"PSNR in the hole, dB": psnr(prediction, truth, hole)}
+    if task == "saliency":
+        return {"MAE": float((prediction - truth).abs().mean() / 255)}
+    return edge_counts(thin(prediction[0, 0] / 255), annotators, torch.linspace(0.01, 0.99, 99))
+
+
+def summary(scores):
+    """A list of what `score` returned, as text."""
+    if isinstance(scores[0], dict):
+        return "   ".join(f"{name} {np.mean([s[name] for s in scores]):.4g}" for name in scores[0])
+    return "ODS {:.3f}   OIS {:.3f}".format(*ods_ois(torch.stack(scores)))
+
+
+def baseline(task, image, condition, hole):
+    """(name, prediction in [-1, 1]) of what takes no network: the task's honest floor."""
+    if task == "super_resolution":
+        return "bicubic", condition
+    if task == "inpainting":
+        known = (image * ~hole).sum((2, 3), keepdim=True) / (~hole).sum().clamp(min=1)
+        return "mean fill", torch.where(hole, known, image)
+    if task == "saliency":
+        return "empty mask", torch.full_like(image[:, :1], -1)
+    grey = torch.nn.functional.pad(image.mean(1, keepdim=True), (2,) * 4, mode="replicate")
+    dy, dx = torch.gradient(torch.nn.functional.avg_pool2d(grey, 5, 1), dim=(2, 3))
+    return "gradient", (8 * torch.hypot(dy, dx) - 1).clamp(max=1)
+
+
+def as_tensor(image, mode):
+    """A Pillow image as uint8 [1, C, h, w]."""
+    pixels = np.array(image.convert(mode))
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None]
+
+
+def resized(x, size):
+    """x [B, C, H, W] in [-1, 1] at another size, bicubic with antialiasing."""
+    return torch.nn.functional.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+
+
+def test_items(settings, args, channels):
+    """[(name, read)] of what to answer; read() -> (image [1, C, h, w], target [1, 1, h, w], annotators [A, h, w] bool),
+    uint8, the last two or None. They are --input's files; or embedded shapes, of another seed than the training's; or
+    the images of the folder `test` in the run's data directory, or of a --data-dir given now, --n of them, spread.
+    """
+    task, folder = settings["task"], pathlib.Path(settings["data_dir"])
+    n = args.n or (None if args.evaluate else 8)
+
+    def read(image, target=None):
+        image, target, annotators = open_pair(task, image, target, settings["edge_bits"])
+        return (as_tensor(image, "RGB" if channels == 3 else "L"), as_tensor(target, "L") if target else None,
+                torch.from_numpy(annotators) if annotators is not None else None)
+
+    if args.input:
+        return [(pathlib.Path(file).stem, functools.partial(read, file)) for file in args.input]
+    if settings["dataset"] == "shapes":
+        pairs = shape_pairs(task, n or 200, settings["image_size"], seed=1)
+
+        def drawn(i):
+            image, target = pairs[i:i + 1, :3], pairs[i:i + 1, 3:]
+            return image, target if TARGETS[task] else None, target[0] >= 128 if task == "edges" else None
+        return [(f"{i:06}", functools.partial(drawn, i)) for i in range(len(pairs))]
+    if not args.data_dir:
+        folder = folder / "test"
+        if not folder.is_dir():
+            raise Problem(f"there is no {folder}: say with --data-dir where the test images are, or use --input", 2)
+    files = partners(folder, task, test=True)
+    names = [str(image.relative_to(folder).with_suffix("")).replace(os.sep, "-") for image, _ in files]
+    n = min(n or len(files), len(files))
+    return [(names[i], functools.partial(read, *files[i])) for i in (k * len(files) // n for k in range(n))]
+
+
+def hole_of(i, name, image, size, seed_, args):
+    """Test image i's hole, bool [1, 1, h, w]: --mask, or drawn, a function of (seed, i) alone."""
+    h, w = image.shape[-2:]
+    if not args.mask:
+        return draw_hole(h, w, size, np.random.default_rng(seed("image", seed_, i)))[None, None].to(image.device)
+    hole = as_tensor(open_image(args.mask), "L") >= 128
+    if hole.shape[-2:] != (h, w):
+        raise Problem(f"{args.mask} is {hole.shape[-1]}x{hole.shape[-2]}, and {name} {w}x{h}: give one of its size", 2)
+    return hole.to(image.device)
+
+
+def answer(draws, run, settings, args, checkpoint, channels, calls, options, processes):
+    """What --sample and --evaluate do for a task, and the lines that say so; the first process does it all.
+
+    draws: {name: draw}, this run's first; draw(condition [1, c, H, W], generators, watch) -> x0 [1, C, H, W]. With
+    --input each answer is a PNG of its own, as with --out; else a picture has input, prediction and truth side by side.
+    --evaluate prints the metric of every draw, and of the baseline that needs no network. The noise of image i and
+    member k of the ensemble is a function of (seed, i, k) alone.
+    """
+    if processes.rank:
+        return
+    task, size, members, own = settings["task"], settings["image_size"], args.ensemble or 1, next(iter(draws))
+    items, live, frames, rows, scores = test_items(settings, args, channels), Live(), [], [], {}
+    seed_ = settings["seed"] if args.seed is None else args.seed
+    identity = {"weights": digest(checkpoint["ema"]), "task": task, "seed": seed_, "network calls per image": calls,
+                "ensemble": args.ensemble, **options}
+    given = {key: value for key, value in identity.items() if value is not None and value is not False}
+    text = ", ".join(f"{key} {flag(value)}" for key, value in given.items())
+    folder, picture_ = pathlib.Path(args.out or run), run / ("evaluation.png" if args.evaluate else "samples.png")
+    with explained("use", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    for i, (name, read) in enumerate(items):
+        image, target, annotators = read()
+        image = to_float(image).to(processes.device)
+        if task == "super_resolution" and not args.input:
+            image = image[..., :image.shape[-2] // SCALE * SCALE, :image.shape[-1] // SCALE * SCALE]
+        hole = hole_of(i, name, image, size, seed_, args) if task == "inpainting" else None
+        seen = resized(image, (size, size)) if task == "saliency" else image
+        condition = enlarge(image) if task == "super_resolution" and args.input else example(task, seen, seen, hole)[1]
+
+        def watch(t, x, x0):                # the middle, a training patch
+            top, left = ((length - size) // 2 if length > size else 0 for length in x.shape[-2:])
+            middle = (..., slice(top, top + size), slice(left, left + size))
+            frames.append((t, x[middle].cpu(), finish(task, x0, condition)[middle].cpu()))
+
+        predictions = {}
+        for method, draw in draws.items():
+            drawn = [draw(condition, [torch.Generator().manual_seed(seed("image", seed_, i, k))],
+                          watch if (i, k, method) == (0, 0, own) else None) for k in range(members)]
+            predictions[method] = sum(finish(task, x0, condition) for x0 in drawn) / members
+        if args.evaluate:
+            method, floor = baseline(task, image, condition, hole)
+            predictions[method] = floor
+        if task == "saliency":
+            predictions = {method: resized(p, image.shape[-2:]) for method, p in predictions.items()}
+        pixels = {method: to_uint8(p).cpu() for method, p in predictions.items()}
+        truth = target if target is not None else to_uint8(image).cpu()
+        for method, p in pixels.items() if args.evaluate else ():
+            worth = score(task, p.float(), truth.float(), hole.cpu() if hole is not None else None, annotators)
+            scores.setdefault(method, []).append(worth)
+        if args.input or args.out:
+            save_png(pil(pixels[own][0]), folder / (f"{name}-{task}.png" if args.input else f"{name}.png"), sample=text)
+        elif len(rows) < 32:
+            shown = image if task == "saliency" else condition[:, :channels]
+            rows.append([pil(x[0]) for x in (to_uint8(shown).cpu(), pixels[own], truth)])
+        so_far = f"   {own}: {summary(scores[own])}" if scores else ""
+        live(f"{i + 1} of {len(items)} images{so_far}", last=i + 1 == len(items))
+    files = [f"{len(items)} PNGs into {folder}"]
+    if rows:
+        save_png(side_by_side(rows, ("input", "prediction", "truth")), picture_, sample=text)
+        files = [str(picture_)]
+        if not args.evaluate:
+            few = sorted({round(k * (len(frames) - 1) / 10) for k in range(11)})
+            save_png(trajectory([frames[k] for k in few]), run / "trajectory.png", sample=text)
+            files.append(f"{run}/trajectory.png")
+    print(f"sampled: {text}; {(time.monotonic() - began) / len(items):.3g} s an image")
+    for method, worth in scores.items():
+        print(f"  {method:32} {summary(worth)}")
+    print(f"wrote {', '.join(files)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -746,34 +1234,81 @@ def parser(script, doc, defaults, paper, steps="10"):
     return p, group
 
 
-def open_run(script, args, defaults, paper, network_keys):
+def task_flags(p, encoders):
+    """Add the flags of image-conditioned tasks to an argparse parser."""
+    add = p.add_argument_group("image-conditioned tasks").add_argument
+    add("--task", choices=TARGETS, help="learn x₀ given an image: super-resolution (×4), inpainting, saliency or edges")
+    add("--evaluate", action="store_true", help="print the task's metric over test images, and draw a few")
+    add("--input", nargs="+", metavar="FILE", help="with --sample: images of any size to answer, a PNG each")
+    add("--mask", metavar="FILE", help="inpainting's, of one --input: white where pixels are missing (default: drawn)")
+    add("--ensemble", type=number(int, 1), metavar="K", help="answer with the mean of K samples (default: 1)")
+    add("--against", nargs="+", metavar="DIR", help="with --evaluate: other runs of the task, on the same images")
+    add("--window", type=number(int, 8), metavar="PIXELS", help="of larger images (default: the training patch)")
+    add("--overlap", type=number(int, 1), metavar="PIXELS", help="of neighbouring windows (default: a quarter of one)")
+    add("--encoder", choices=encoders, help="of the condition: compact (default), or the paper's Swin-B")
+    add("--fuse", choices=("concat", "attention"), help="how its features enter the decoders (default: concat)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="Swin-B's ImageNet weights (default: downloaded)")
+    add("--edge-bits", action=argparse.BooleanOptionalAction, help="bit k of an edge PNG is annotator k's")
+    add("--regression", action=argparse.BooleanOptionalAction, help="a baseline: the same network, one guess, no noise")
+
+
+def check_task(settings, args):
+    """Raise a Problem for flags that have no meaning for this task, or without one."""
+    task, sampling = settings["task"], args.sample or args.evaluate
+    has_meaning = {
+        "evaluate": True, "encoder": True, "fuse": True, "regression": True,
+        "pretrained": settings["encoder"] == "swin_b", "edge_bits": task == "edges",
+        "ensemble": sampling, "window": sampling, "overlap": sampling,
+        "input": args.sample and not args.evaluate, "against": args.evaluate,
+        "mask": task == "inpainting" and args.input and len(args.input) == 1}
+    for name, meaning in has_meaning.items():
+        if getattr(args, name) not in (None, False) and not (meaning and task != "none"):
+            where = f"here, with --task {task}" if task != "none" else "without --task"
+            raise Problem(f"--{name.replace('_', '-')} has no meaning {where}", 2)
+    window = args.window or settings["image_size"]
+    if (args.overlap or 0) >= window:
+        raise Problem(f"--overlap {args.overlap} must be less than the window, {window}", 2)
+    if settings["regression"] and (settings["predict"] != "both" or not settings["precondition"]):
+        raise Problem("--regression is for the default outputs: drop --predict or --no-precondition", 2)
+
+
+def open_run(script, args, defaults, paper, network_keys, tasks=None):
     """Find the run that the flags mean, and its settings: defaults, overruled by its checkpoint, overruled by flags.
 
-    Where there is a checkpoint only CHANGEABLE settings may differ from it. Returns (run directory, settings,
-    checkpoint or None); raises Problem for contradictions, spelling out the difference.
+    Where there is a checkpoint only CHANGEABLE settings may differ from it. tasks: of a script that has --task, what
+    each changes of the defaults: {task: {"all": ..., dataset: ..., "paper": ...}}, and under None the settings of
+    no task. Returns (run directory, settings, checkpoint or None); raises Problem for contradictions, spelling out the
+    difference.
     """
-    if not (args.train or args.sample):
+    asked = getattr(args, "task", None)
+    if not (args.train or args.sample or getattr(args, "evaluate", False)):
         raise Problem("say --train, --sample, or both (--help shows the rest)", 2)
-    run = pathlib.Path(args.run or f"runs/{script}-{args.dataset or 'shapes'}")
+    suffix = f"-{asked}" if asked else ""
+    run = pathlib.Path(args.run or f"runs/{script}-{args.dataset or 'shapes'}{suffix}")
     if not (args.run or args.train or args.dataset):
-        found = sorted(pathlib.Path("runs").glob(f"{script}-*/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
+        found = pathlib.Path("runs").glob(f"{script}-*{suffix}/checkpoint.pt")
+        found = sorted(found, key=lambda f: f.stat().st_mtime)
         if not found:
-            raise Problem(f"there is no run of {script}.py under runs/ yet: train first, or say where with --run")
+            what = f"{script}.py --task {asked}" if asked else f"{script}.py"
+            raise Problem(f"there is no run of {what} under runs/ yet: train first, or say where with --run")
         run = found[-1].parent
     checkpoint = saved = None
     if (run / "checkpoint.pt").exists() or not args.train:
         checkpoint = load_checkpoint(run / "checkpoint.pt")
-        saved = {**{k: v for k, v in checkpoint["network"].items() if k in network_keys}, **checkpoint["method"]}
+        saved = {**(tasks or {}).get(None, {}), **{k: v for k, v in checkpoint["network"].items() if k in network_keys},
+                 **checkpoint["method"]}
         kinds = {key: type(value) for key, value in next(iter(defaults.values())).items()}
         if (saved.get("script") != script or saved.get("dataset") not in [*defaults]
                 or any(type(saved.get(key)) is not kind for key, kind in kinds.items())):
             raise Problem(f"{run} was trained by another script, or another {script}.py: choose another --run")
     dataset = args.dataset or (saved or {}).get("dataset", "shapes")
-    if args.preset and dataset not in paper:
+    if args.preset and dataset not in paper and not asked:
         raise Problem(f"--preset paper is for --dataset {' or '.join(paper)}: the paper has none for {dataset}", 2)
-    known = {"script": script, "dataset": dataset, "data_dir": "data", **defaults[dataset]}
+    changes = (tasks or {}).get(asked, {}) if asked else {}
+    known = {"script": script, "dataset": dataset, "data_dir": "data", **defaults[dataset], **changes.get("all", {}),
+             **changes.get(dataset, {})}
     given = {key: value for key, value in vars(args).items() if key in known and value is not None}
-    given = {**(paper[dataset] if args.preset else {}), **given}
+    given = {**((changes["paper"] if asked else paper[dataset]) if args.preset else {}), **given}
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     if dataset == "folder" and not saved and "data_dir" not in given:
         raise Problem("--dataset folder needs --data-dir, the folder of images", 2)

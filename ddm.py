@@ -53,6 +53,7 @@ Measured results: README.md, "Results".
 """
 
 import argparse
+import functools
 import math
 
 import torch
@@ -212,10 +213,14 @@ def distance(a, b, norm="l2"):
     return sum({"l1": e.abs(), "l2": e ** 2}[part].mean(1) for part in norm.split("+"))
 
 
-def loss(model, x0, phi, eps, t, h="constant", noise="sqrt", predict="both", weights="edm", norm="l2", delta=1e-3):
-    """Algorithm 1's loss per example [B]: λ₁ |φ̂ - φ|² + λ₂ |ε̂ - ε|², or only the term that `predict` names."""
+def loss(model, x0, phi, eps, t, h="constant", noise="sqrt", predict="both", weights="edm", norm="l2", delta=1e-3,
+         condition=()):
+    """Algorithm 1's loss per example [B]: λ₁ |φ̂ - φ|² + λ₂ |ε̂ - ε|², or only the term that `predict` names.
+
+    condition: what else the model is told, as model(x_t, t, *condition).
+    """
     xt = diffuse(x0, phi, eps, t, h, noise)                                                             # Alg. 1, line 5
-    phi_hat, eps_hat = model(xt, t)
+    phi_hat, eps_hat = model(xt, t, *condition)
     lambda_1, lambda_2 = loss_weights(t, weights, noise, delta)
     of_image, of_noise = lambda_1 * distance(phi_hat, phi, norm), lambda_2 * distance(eps_hat, eps, norm)
     return {"both": of_image + of_noise, "image": of_image, "noise": of_noise}[predict]                 # Eq. 10
@@ -329,22 +334,32 @@ def train(run, settings, checkpoint, args, processes):
     """Train, or go on, in the run directory until step settings["iterations"]. Source: Algorithm 1 and ADM Sec. V-A."""
     if data.finished(run, settings, checkpoint, processes):
         return
-    training = data.Training(run, settings, checkpoint, args, processes, network_of, unet.create, torch.optim.AdamW)
+    pretrained = settings["encoder"] == "swin_b" and settings["pretrained"] and checkpoint is None
+    create = functools.partial(unet.create, pretrained=True) if pretrained else unet.create
+    training = data.Training(run, settings, checkpoint, args, processes, network_of, create, torch.optim.AdamW)
     (net, ema, optimizer), images, mine = training.parts.values(), training.images, training.mine
     device, batch, iterations = processes.device, settings["batch_size"], settings["iterations"]
     alone = predictor_of(net, settings, args, processes)    # neither compiled nor waiting for the other processes
-    unet.warn_cost(alone, images.shape[1:], batch, iterations - training.start, processes)
+    shape = (training.network["channels"], *images.shape[2:])
+    unet.warn_cost(alone, shape, batch, iterations - training.start, processes, training.network.get("condition", 0))
     model = predictor_of(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
     method = {key: settings[key] for key in ("h", "noise", "predict", "weights", "norm", "delta")}
 
     with training:
         for step, draw in training:
-            x0 = data.draw_batch(images, batch, draw) * scale_of(settings)
+            if settings["task"] == "none":
+                x0, condition = data.draw_batch(images, batch, draw), []
+            else:
+                x0, *condition = images.draw(batch, draw)
+            x0 = x0 * scale_of(settings)
             t = settings["delta"] + (1 - settings["delta"]) * torch.rand(batch, generator=draw, device=device)
             eps = torch.randn(x0.shape, generator=draw, device=device)
+            if settings["regression"]:                      # no diffusion: one guess, from the condition alone
+                t, eps = torch.ones_like(t), torch.zeros_like(eps)
             phi = draw_phi(x0, settings["h"], draw)                                                     # Alg. 1, line 3
 
-            values = loss(model, x0[mine], phi[mine], eps[mine], t[mine], **method)                     # lines 4-7
+            values = loss(model, x0[mine], phi[mine], eps[mine], t[mine],                               # lines 4-7
+                          condition=[c[mine] for c in condition], **method)
             optimizer.zero_grad(set_to_none=True)
             values.mean().backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -365,11 +380,18 @@ def predictor_of(net, settings, args, processes):
 
 
 def network_of(settings, channels):
-    """unet.UNet's arguments: two outputs, φ (K·C channels) and ε, or the one that `predict` names."""
+    """unet.UNet's arguments: two outputs, φ (K·C channels) and ε, or the one that `predict` names.
+
+    channels: of the images. A task's condition is the image, and for inpainting the mask; a target has one channel.
+    """
+    task, given = settings["task"], {}
+    if task != "none":
+        given = {key: settings[key] for key in ("encoder", "fuse")} | {"condition": channels + (task == "inpainting")}
+        channels = 1 if data.TARGETS[task] else channels
     outputs = {"both": (ATTENUATIONS[settings["h"]] * channels, channels), "noise": (channels,),
                "image": (ATTENUATIONS[settings["h"]] * channels,)}[settings["predict"]]
     return {"channels": channels, "outputs": outputs, "size": settings["image_size"],
-            **{key: settings[key] for key in NETWORK}}
+            **{key: settings[key] for key in NETWORK}, **given}
 
 
 def scale_of(settings):
@@ -382,18 +404,31 @@ def solver_of(settings, args):
     return args.solver or ("ode2" if settings["h"] == "constant" else "ode")
 
 
-def write_samples(run, settings, checkpoint, args, processes):
-    """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
-    network = network_of(settings, checkpoint["network"].get("channels", 3))
-    net = unet.create(network, processes.device)[1]
+def trained(run, settings, checkpoint, args, processes):
+    """What a run samples with: its averaged network, that network's predictor, the steps and `sample`'s options."""
+    net = unet.create(network_of(settings, channels_of(settings, checkpoint)), processes.device)[1]
     data.restore(run, checkpoint, ema=net)
-    solver, steps = solver_of(settings, args), args.steps or 10
+    solver = solver_of(settings, args)
     heads = heads_for(solver, args.heads, settings["h"])
     options = {"solver": solver, "grid": args.grid or "quadratic", "heads": heads, "clip": args.clip,
                "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
                "delta": settings["delta"]}
-    x = unet.batch_like(args.n, network, processes.device)
-    model = unet.fast(predictor_of(net, settings, args, processes), x, x.new_ones(len(x)))
+    steps = 1 if settings["regression"] else args.steps or (10 if settings["task"] == "none" else 5)
+    return net, predictor_of(net, settings, args, processes), steps, options
+
+
+def channels_of(settings, checkpoint):
+    """How many channels the images of a run have; those of a task are its network's condition."""
+    network = checkpoint["network"]
+    return network.get("channels", 3) if settings["task"] == "none" else (
+        network.get("condition", 3) - (settings["task"] == "inpainting"))
+
+
+def write_samples(run, settings, checkpoint, args, processes):
+    """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
+    net, model, steps, options = trained(run, settings, checkpoint, args, processes)
+    x = unet.batch_like(args.n, network_of(settings, channels_of(settings, checkpoint)), processes.device)
+    model = unet.fast(model, x, x.new_ones(len(x)))
 
     def draw(x1, generators, watch):
         return sample(model, x1, steps, generator=generators, watch=watch, **options) / scale_of(settings)
@@ -401,21 +436,77 @@ def write_samples(run, settings, checkpoint, args, processes):
     data.draw_samples(draw, x, run, checkpoint, args, steps, options, processes)
 
 
+def painter(run, settings, checkpoint, args, processes):
+    """How a run of a task answers conditions of any size: (draw(condition, generators, watch) -> x0, steps, options).
+    """
+    net, model, steps, options = trained(run, settings, checkpoint, args, processes)
+    bf16, size = unet.use_bf16(args.precision, processes.device), args.window or settings["image_size"]
+    stride, batch = 2 ** (len(settings["mult"]) - 1), max(1, 16 * 64 ** 2 // size ** 2)
+    channels = network_of(settings, channels_of(settings, checkpoint))["channels"]
+
+    def encode(condition):
+        with torch.no_grad(), torch.autocast(condition.device.type, torch.bfloat16, enabled=bf16):
+            return net.encode(condition)
+    see = unet.windowed(model, encode, -(-size // stride) * stride, args.overlap or size // 4, batch)
+
+    def draw(condition, generators, watch=None):
+        h, w = condition.shape[-2:]
+        condition = unet.padded(condition, net)
+        x1 = data.randn(condition.new_zeros(1, channels, *condition.shape[-2:]), generators)
+        if settings["regression"]:
+            x1 = torch.zeros_like(x1)
+
+        def cropped(t, x, x0):
+            watch(t, x[..., :h, :w], x0[..., :h, :w])
+        x0 = sample(see(condition), x1, steps, generator=generators, watch=cropped if watch else None, **options)
+        return x0[..., :h, :w] / scale_of(settings)
+
+    return draw, steps, options
+
+
+def answer(run, settings, checkpoint, args, processes):
+    """--sample and --evaluate of a task: what data.answer makes of this run's samples, and of those of --against."""
+    draw, steps, options = painter(run, settings, checkpoint, args, processes)
+    draws = {"regression" if settings["regression"] else f"{options['solver']}, {steps} calls": draw}
+    for other in args.against or ():
+        saved = data.load_checkpoint(f"{other}/checkpoint.pt")
+        theirs = {**saved["network"], **saved["method"], "image_size": saved["network"].get("size")}
+        if theirs.get("task") != settings["task"]:
+            raise data.Problem(f"{other} is no run of --task {settings['task']}", 2)
+        draws[other] = painter(other, theirs, saved, args, processes)[0]
+    data.answer(draws, run, settings, args, checkpoint, channels_of(settings, checkpoint), steps, options, processes)
+
+
 # -------------------------------------------------------------------------------------------------- 6 command line
 
 COMMON = dict(h="constant", noise="sqrt", predict="both", precondition=True, second="decoder", weights="edm", norm="l2",
               sigma_data=0.5, delta=1e-3, seed=0)
-DEFAULTS = {dataset: {**sizes, **COMMON} for dataset, sizes in unet.COMPACT.items()}
+NO_TASK = dict(task="none", encoder="compact", fuse="concat", pretrained=True, edge_bits=False, regression=False)
+DEFAULTS = {dataset: {**sizes, **COMMON, **NO_TASK} for dataset, sizes in unet.COMPACT.items()}
 DEFAULTS["shapes"] |= dict(second="conv", sigma_data=0.7)
 TABLE_I = dict(precondition=False, blocks=3, attention=(16, 8), mult=(1, 2, 2, 2), lr=1e-4, ema=0.9999, delta=1e-3)
 PAPER = {"cifar10": {**TABLE_I, "width": 160, "batch_size": 128, "iterations": 800_000},
          "celebahq": {**TABLE_I, "width": 128, "batch_size": 48, "iterations": 400_000}}
 NETWORK = ("width", "mult", "blocks", "attention", "dropout", "second")
 
+# What a task changes: of all defaults, of those of the shapes and of a folder, and ADM's Table I.
+PATCHES = dict(image_size=128, width=64, mult=(1, 2, 4, 4), blocks=2, attention=(16,), dropout=0.0, batch_size=32,
+               iterations=100_000, lr=1e-4, ema=0.9999)
+DEMO = dict(image_size=32, width=24, iterations=700, batch_size=16)
+SWIN = {**TABLE_I, "encoder": "swin_b", "width": 128, "mult": (1, 2, 4, 4), "blocks": 2, "batch_size": 16, "lr": 5e-5,
+        "iterations": 200_000, "delta": 1e-4}
+FACES = {"width": 96, "mult": (1, 2, 4, 8), "batch_size": 48, "lr": 4e-5, "iterations": 400_000}
+TASKS = {None: NO_TASK, **{task: {
+    "all": dict(sigma_data=sigma_data), "shapes": DEMO, "folder": {**PATCHES, "image_size": ours},
+    "paper": {**SWIN, "image_size": theirs, **more}} for task, sigma_data, ours, theirs, more in (
+        ("super_resolution", 0.5, 128, 512, {"batch_size": 12}), ("inpainting", 0.5, 128, 256, FACES),
+        ("saliency", 1.0, 192, 384, {}), ("edges", 1.0, 128, 320, {}))}}
+
 
 def arguments(argv=None):
     """Parse the command line; a flag that was not given is None (or False, if it is a switch)."""
-    parser, group = data.parser("ddm", __doc__, DEFAULTS, PAPER)
+    parser, group = data.parser("ddm", __doc__, DEFAULTS, PAPER, steps="10, or 5 for a task")
+    parser.set_defaults(n=None)
     add = group["method"].add_argument
     add("--h", choices=ATTENUATIONS, help="the attenuation function h_t")
     add("--noise", choices=("sqrt", "linear"), help="of standard deviation √t (the papers) or t (released code)")
@@ -432,6 +523,7 @@ def arguments(argv=None):
         help="what to make of heads that disagree (default: both for ddm, else project)")
     add("--clip", action="store_true", help="keep every estimate x̂₀ in [-1, 1]")
     add("--final-at-delta", action="store_true", help="put the last network call at delta, as the paper")
+    data.task_flags(parser, unet.ENCODERS)
     return parser.parse_args(argv)
 
 
@@ -439,17 +531,19 @@ def arguments(argv=None):
 def main(argv=None):
     """The command line. Raises SystemExit: 1 or 2 with a sentence on stderr, 130 or 143 when stopped by a signal."""
     args = arguments(argv)
-    run, settings, checkpoint = data.open_run("ddm", args, DEFAULTS, PAPER, NETWORK)
+    run, settings, checkpoint = data.open_run("ddm", args, DEFAULTS, PAPER, (*NETWORK, "encoder", "fuse"), TASKS)
     with data.bad_arguments():                              # what can't go together is said before anything is started
         predictor(None, settings["predict"], settings["precondition"], h=settings["h"])
         heads_for(solver_of(settings, args), args.heads, settings["h"])
+        data.check_task(settings, args)
         with torch.device("meta"):
             unet.UNet(**network_of(settings, 3))
     processes = data.start(args.device)
     if args.train:
         train(run, settings, checkpoint, args, processes)
-    if args.sample:
-        write_samples(run, settings, data.load_checkpoint(run / "checkpoint.pt"), args, processes)
+    if args.sample or args.evaluate:
+        checkpoint = data.load_checkpoint(run / "checkpoint.pt")
+        (write_samples if settings["task"] == "none" else answer)(run, settings, checkpoint, args, processes)
 
 
 if __name__ == "__main__":

@@ -2414,6 +2414,160 @@ def test_unet_fast_is_the_network_on_the_cpu():
     assert unet.fast(net, torch.zeros(1, 3, 8, 8), torch.zeros(1)) is net
 
 
+# --------------------------------------------------------------------------------------- unet: conditions and windows
+
+
+def conditioned(encoder="compact", fuse="concat", **given):
+    """A small conditioned U-Net whose zero layers are not zero."""
+    torch.manual_seed(0)
+    arguments = dict(outputs=(2, 2), width=8, mult=(1, 2, 2), blocks=1, attention=(), dropout=0.0, size=16)
+    net = unet.UNet(2, condition=4, encoder=encoder, fuse=fuse, **{**arguments, **given}).eval()
+    for p in net.parameters():
+        if p.abs().max() == 0:
+            torch.nn.init.normal_(p, std=0.2)
+    return net
+
+
+@pytest.mark.parametrize("fuse", ["concat", "attention"])
+@pytest.mark.parametrize("encoder", ["compact", "swin_b"])
+def test_unet_condition_is_used_at_every_level(encoder, fuse):
+    """Each example's outputs depend on its own condition and on no other's; the gradient reaches the condition; the
+    features of each level matter, at that level's size; encoding once is the same. Catches a condition that is dropped,
+    shuffled, or met at one level only.
+    """
+    net, x, t, c = (
+        conditioned(encoder, fuse),
+        randn(3, 2, 32, 16).float(),
+        torch.rand(3),
+        randn(3, 4, 32, 16, seed=1).float(),
+    )
+    c.requires_grad_(True)
+    out = net(x, t, c)
+    for o in out:
+        (gradient,) = torch.autograd.grad(o[0].square().sum(), c, retain_graph=True)
+        assert (gradient[0].abs().amax((1, 2)) > 0).all() and (gradient[1:] == 0).all()
+    with torch.no_grad():
+        features = net.encode(c)
+        assert [f.shape[-2:] for f in features] == [(32, 16), (16, 8), (8, 4)]
+        assert all(torch.equal(a, b) for a, b in zip(net(x, t, features), out))
+        shuffled = net(x, t, c[[1, 2, 0]])
+        assert all((a - b).abs().amax((1, 2, 3)).min() > 1e-3 for a, b in zip(shuffled, out))
+        for i in range(3):
+            others = tuple(f + (i == k) * randn(*f.shape, seed=7).float() for k, f in enumerate(features))
+            assert all((a - b).abs().max() > 1e-4 for a, b in zip(net(x, t, others), out))
+
+
+def test_unet_swin_sees_the_image_as_imagenet_does(monkeypatch):
+    """Swin-B gets ImageNet's normalisation of the first three channels, grey made three; every stage reaches the level
+    of its stride, or the last. Weights that can't be downloaded are an OSError with a sentence. Catches [-1, 1] pixels
+    in a network of other statistics, and a stage left out.
+    """
+    from torchvision.models import Swin_B_Weights
+
+    torch.manual_seed(0)
+    net = unet.SwinEncoder(1, [8, 16, 16, 24]).eval()
+    assert net.level == [2, 3, 3, 3] and unet.SwinEncoder(1, [8] * 6).level == [2, 3, 4, 5]
+    seen, features, grey = [], net(torch.zeros(1, 1, 32, 32)), torch.full((1, 1, 32, 32), 0.5)
+    net.swin[0].register_forward_hook(lambda module, inputs, _: seen.append(inputs[0]))
+    for k in range(4):
+        net.swin[2 * k + 1].register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
+    net(grey)
+    pixels = Image.new("RGB", (1, 1), (191,) * 3)  # .5 of [-1, 1], about: (x + 1)/2 = .75
+    wanted = Swin_B_Weights.IMAGENET1K_V1.transforms(crop_size=32, resize_size=32)(pixels.resize((32, 32)))
+    torch.testing.assert_close(seen[0][0], wanted, rtol=0, atol=0.01)
+    assert seen[1:] == [(1, 8, 8, 128), (1, 4, 4, 256), (1, 2, 2, 512), (1, 1, 1, 1024)]
+    for k, i in enumerate(net.level):
+        before = [f.clone() for f in net(grey)]
+        torch.nn.init.normal_(net.maps[k].weight)
+        changed = [not torch.equal(a, b) for a, b in zip(before, net(grey))]
+        assert changed == [j == i for j in range(4)]
+    assert len(features) == 4
+
+    def offline(*a, **k):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(OSError, match="--no-pretrained"):
+        net.load_imagenet()
+    state = {f"features.{name}": torch.full_like(v, 0.25) for name, v in net.swin.state_dict().items()}
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: {**state, "head.bias": 0})
+    net.load_imagenet()
+    assert all((p == 0.25).all() for p in net.swin.parameters())
+
+
+def test_unet_without_a_condition_is_as_it_was():
+    """Recorded before conditions existed: sums over the weights that seed 0 makes, and over an output. Catches weights
+    drawn in another order, and a layer that a condition adds for all.
+    """
+    torch.manual_seed(0)
+    net = unet.UNet(width=16, mult=(1, 2), blocks=1, attention=(8,), dropout=0.0, size=16).eval()
+    assert len(net.state_dict()) == 194
+    total = sum(p.double().abs().sum().item() for p in net.parameters())
+    features = net.features(torch.linspace(-1, 1, 1536).view(2, 3, 16, 16), torch.tensor([0.2, 0.9]))
+    assert math.isclose(total, 8636.246709, rel_tol=1e-6)
+    np.testing.assert_allclose([f.double().abs().sum().item() for f in features], [1095.481811, 1206.569428], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "length, size, overlap", [(64, 64, 16), (65, 64, 16), (481, 64, 16), (321, 64, 63), (100, 32, 1)]
+)
+def test_unet_windows_cover_exactly(length, size, overlap):
+    """Windows begin at 0, end at the image's end, and neighbours share the overlap or more, with none to spare. Catches
+    an uncovered strip, a window over the edge, and twice the work.
+    """
+    starts = unet.window_starts(length, size, overlap)
+    assert starts[0] == 0 and starts[-1] + size == length
+    assert all(0 < b - a <= size - overlap for a, b in zip(starts, starts[1:]))
+    assert len(starts) == 1 or (len(starts) - 2) * (size - overlap) + size < length
+
+
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_unet_windows_blend_to_the_whole_image(batch):
+    """Where the outputs of a pixel don't depend on the window, windowed calls are the call on the whole image, with each
+    window's own condition; one window is that call bit for bit; features are computed once, and no more than a
+    batch at a time. Catches weights that don't sum to one, a window pasted elsewhere, and a padded batch counted twice.
+    """
+    encoded, calls = [], []
+
+    def encode(c):
+        encoded.append(len(c))
+        return c**2, c[:, :1]
+
+    def model(x, t, seen):
+        calls.append(x.shape)
+        return torch.cat([x * seen[0], x], 1), t[:, None, None, None] + seen[1]
+
+    x, c, t = randn(1, 2, 53, 40), randn(1, 2, 53, 40, seed=1), full(0.3, 1)
+    whole = model(x, t, encode(c))
+    encoded.clear()
+    call = unet.windowed(model, encode, 16, 5, batch)(c)
+    assert sum(encoded) >= 20 and max(encoded) <= batch  # 5 by 4 windows
+    before = len(encoded)
+    for _ in range(2):
+        for a, b in zip(call(x, t), whole):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert len(encoded) == before and {s[-2:] for s in calls[1:]} == {(16, 16)}
+    one = unet.windowed(model, encode, 64, 5, batch)(c)(x, t)
+    assert all(torch.equal(a, b) for a, b in zip(one, whole))
+
+
+def test_unet_windows_fade_towards_their_borders():
+    """Two windows that disagree are blended without a seam: along the overlap the mean goes from one to the other in
+    small steps. Catches plain averaging, whose steps at a window's ends are visible.
+    """
+    turn = iter([0.0, 1.0])
+
+    def model(x, t, seen):
+        return (torch.full_like(x, next(turn)),)
+
+    x = torch.zeros(1, 1, 8, 40)
+    (out,) = unet.windowed(model, lambda c: (c,), 24, 8, 1)(x)(x, torch.ones(1))
+    line = out[0, 0, 4]
+    assert (line[:16] == 0).all() and (line[24:] == 1).all()
+    assert (line[1:] >= line[:-1]).all() and (line[1:] - line[:-1]).max() < 0.15
+
+
 # ------------------------------------------------------------------------------------------------------------ data
 
 
@@ -2573,6 +2727,239 @@ def test_data_noise_of_an_image_does_not_depend_on_its_batch():
     a = data.randn(like, data.image_generators(0, [5, 6, 7]))
     assert torch.equal(a[2:], data.randn(like[:1], data.image_generators(0, [7])))
     assert not torch.equal(a, data.randn(like, data.image_generators(1, [5, 6, 7])))
+
+
+# -------------------------------------------------------------------------------------------- tasks: pairs and metrics
+
+
+def pair_folder(root, *, n=3, targets="edges", images="images", bits=None):
+    """A folder of images with targets, of different sizes; a target's pixels are its image's red channel."""
+    (root / images).mkdir(parents=True), (root / targets).mkdir()
+    for k in range(n):
+        pixels = np.random.default_rng(k).integers(0, 256, (30 + k, 44 - 2 * k, 3), np.uint8)
+        Image.fromarray(pixels).save(root / images / f"a{k}.png")
+        Image.fromarray(pixels[:, :, 0] if bits is None else bits(pixels[:, :, 0])).save(root / targets / f"a{k}.png")
+    return root
+
+
+ALONE = data.Processes(torch.device("cpu"), 0, 1)
+
+
+def settings_for(task, folder=None, size=16, **given):
+    place = {"dataset": "folder", "data_dir": str(folder)} if folder else {"dataset": "shapes", "data_dir": "data"}
+    return {"task": task, "image_size": size, "edge_bits": False, **place, **given}
+
+
+@pytest.mark.parametrize("task, targets", [("edges", "edges"), ("saliency", "masks")])
+def test_tasks_pairs_stay_aligned(task, targets, tmp_path, monkeypatch):
+    """Here a target is its image's red channel: so it must be after crops, flips and resizing. A batch is a function of
+    its seed, both ways round are drawn, and no corner is left out. Catches an image flipped or cropped without its target.
+    """
+    monkeypatch.chdir(tmp_path)
+    size = 28
+    pairs = data.load_pairs(settings_for(task, pair_folder(tmp_path / "d", targets=targets), size), ALONE)
+    assert pairs.shape == (3, 3, size, size)
+    draw = torch.Generator().manual_seed(5)
+    x0, condition = pairs.draw(64, draw)
+    assert x0.shape == (64, 1, size, size) and condition.shape == (64, 3, size, size)
+    torch.testing.assert_close(x0, condition[:, :1], rtol=0, atol=1.5 / 127.5 if task == "saliency" else 0)
+    again = data.load_pairs(settings_for(task, tmp_path / "d", size), ALONE).draw(64, torch.Generator().manual_seed(5))
+    assert torch.equal(again[0], x0) and torch.equal(again[1], condition)
+    assert not torch.equal(pairs.draw(64, torch.Generator().manual_seed(6))[0], x0)
+    if task == "edges":  # the patches are pieces of the images, either way round, up to the last row and column
+        image = data.to_float(pairs[2])
+        h, w = image.shape[-2:]
+        found = {
+            (a, b, way)
+            for k in range(60)
+            for x in torch.cat(pairs.draw(64, torch.Generator().manual_seed(k))[::-1], 1)
+            for way in (0, 1)
+            for a in (0, h - size)
+            for b in (0, w - size)
+            if torch.equal(x.flip(-1) if way else x, image[:, a : a + size, b : b + size])
+        }
+        assert len(found) == 8
+
+
+def test_tasks_edge_bits_are_annotators(tmp_path, monkeypatch):
+    """Bit k of an edge PNG is annotator k's map, the target their mean, over those who marked anything; without the flag
+    it is grey, and an edge from 128 up. Catches the bits' number taken for a strength.
+    """
+    monkeypatch.chdir(tmp_path)
+    pixels = np.zeros((4, 4), np.uint8)
+    pixels[0, 0], pixels[1, 1], pixels[2, 2], pixels[3, 3] = 0b10001, 0b10000, 0b100, 200
+    (tmp_path / "images").mkdir(), (tmp_path / "edges").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "a.jpg")
+    Image.fromarray(pixels).save(tmp_path / "edges" / "a.png")
+    ((image, target),) = data.partners(tmp_path, "edges")
+    _, mean, annotators = data.open_pair("edges", image, target, True)
+    used = [0, 2, 3, 4, 6, 7]  # 200 = 0b11001000
+    assert annotators.shape == (len(used), 4, 4) and annotators.sum() == 2 + 1 + 1 + 3
+    np.testing.assert_array_equal(np.diag(np.asarray(mean)), np.round(255 * np.array([2, 1, 1, 3]) / 6))
+    _, grey, one = data.open_pair("edges", image, target, False)
+    np.testing.assert_array_equal(np.asarray(grey), pixels)
+    assert one.shape == (1, 4, 4) and one.sum() == 1 and one[0, 3, 3]
+
+
+def test_tasks_folders_are_paired_and_the_test_folder_is_left_out(tmp_path):
+    """images/x with edges/x or masks/x, at any depth, DUTS's names too; targets are no images; a folder named test, or
+    ending in -TE, is for testing unless it is the folder asked for. Catches training on the test set.
+    """
+    for part in ("train", "val", "test"):
+        pair_folder(tmp_path / "b" / part, n=2)
+    pair_folder(tmp_path / "duts" / "DUTS-TR", images="DUTS-TR-Image", targets="DUTS-TR-Mask", n=1)
+    pair_folder(tmp_path / "duts" / "DUTS-TE", images="DUTS-TE-Image", targets="DUTS-TE-Mask", n=2)
+
+    def names(*a, **k):
+        return [str(f.relative_to(tmp_path)) if f else None for pair in data.partners(*a, **k) for f in pair]
+
+    assert names(tmp_path / "b", "edges") == [
+        f"b/{part}/{kind}/a{k}.png" for part in ("train", "val") for k in (0, 1) for kind in ("images", "edges")
+    ]
+    assert names(tmp_path / "b", "super_resolution")[::2] == [
+        f"b/{p}/images/a{k}.png" for p in ("train", "val") for k in (0, 1)
+    ]
+    assert len(data.partners(tmp_path / "b" / "test", "edges", test=True)) == 2
+    assert names(tmp_path / "duts", "saliency") == [
+        "duts/DUTS-TR/DUTS-TR-Image/a0.png",
+        "duts/DUTS-TR/DUTS-TR-Mask/a0.png",
+    ]
+    assert len(data.partners(tmp_path / "duts" / "DUTS-TE", "saliency", test=True)) == 2
+    (tmp_path / "b" / "val" / "edges" / "a1.png").unlink()
+    with pytest.raises(data.Problem, match=r"val/images/a1.png has no partner.*edges/a1"):
+        data.partners(tmp_path / "b", "edges")
+    with pytest.raises(data.Problem, match="beside folders of masks"):
+        data.partners(tmp_path / "b" / "train" / "edges", "saliency")
+    Image.new("L", (9, 9)).save(tmp_path / "b" / "val" / "edges" / "a1.png")
+    with pytest.raises(data.Problem, match="a1.png is 9x9, and its image 42x31"):
+        data.open_pair("edges", *data.partners(tmp_path / "b", "edges")[3], False)
+
+
+def test_tasks_shapes_know_their_targets():
+    """The shapes' masks are exact: 0 where the image is ground, 255 where it is a shape's colour; an outline is one pixel
+    of mask beside ground. Catches a mask of another image.
+    """
+    pairs = data.shape_pairs("saliency", 20, 32)
+    image, mask = pairs[:, :3].int(), pairs[:, 3].int()
+    assert torch.equal(pairs[:, :3], torch.from_numpy(data.shapes(20, 32)))
+    ground = (image - torch.tensor([16, 20, 40])[:, None, None]).abs().sum(1)
+    assert torch.equal(mask == 0, ground == 0) and (ground[mask == 255] > 100).all()
+    outline = data.shape_pairs("edges", 20, 32)[:, 3] == 255
+    inside = torch.nn.functional.pad(mask >= 128, (1,) * 4)
+    beside = sum((~inside)[:, 1 + i : 33 + i, 1 + j : 33 + j].int() for i in (-1, 0, 1) for j in (-1, 0, 1))
+    assert torch.equal(outline, (mask >= 128) & (beside > 0)) and outline.any()
+    assert not torch.equal(data.shape_pairs("edges", 20, 32, seed=1), data.shape_pairs("edges", 20, 32))
+
+
+def test_tasks_low_resolution_is_pillows():
+    """Down and up by four is Pillow's bicubic, which is MATLAB's kernel and the papers' baseline, to a grey level.
+    Catches torch's default kernel (a = -3/4), no antialiasing, and a shift by half a pixel.
+    """
+    image = (
+        data.shape_pairs("inpainting", 3, 64)[:, :3] // 2 + 64
+    )  # so that nothing is clipped between Pillow's two passes
+    low = data.to_uint8(data.shrink(data.to_float(image)))
+    up = data.to_uint8(data.enlarge(data.to_float(low)))
+    for i in range(3):
+        small = Image.fromarray(image[i].permute(1, 2, 0).numpy()).resize((16, 16), Image.BICUBIC)
+        assert np.abs(np.asarray(small).astype(int) - low[i].permute(1, 2, 0).numpy()).max() <= 1
+        large = data.pil(low[i]).resize((64, 64), Image.BICUBIC)
+        assert np.abs(np.asarray(large).astype(int) - up[i].permute(1, 2, 0).numpy()).max() <= 2
+
+
+def test_tasks_examples_finish_as_the_truth():
+    """A perfect x0 finishes as the image; the low-resolution condition holds no more than 1/16 of the pixels; known pixels
+    are pasted back bit for bit and those in the hole are not told. Catches a leak of the answer into the condition.
+    """
+    image = data.to_float(data.shape_pairs("inpainting", 4, 32))
+    x0, condition = data.example("super_resolution", image)
+    torch.testing.assert_close(data.finish("super_resolution", x0, condition), image, rtol=0, atol=1e-6)
+    other = data.enlarge(data.shrink(image))
+    assert torch.equal(other, condition) and (x0 - 4 * (image - other)).abs().max() < 1e-6
+    hole = torch.stack([data.draw_hole(32, 32, 32, np.random.default_rng(k)) for k in range(4)])[:, None]
+    x0, condition = data.example("inpainting", image, hole=hole)
+    assert torch.equal(x0, image) and condition.shape == (4, 4, 32, 32)
+    assert (condition[:, :3][hole.expand(-1, 3, -1, -1)] == 0).all() and torch.equal(condition[:, 3:] == 1, hole)
+    painted = data.finish("inpainting", torch.full_like(image, 0.125), condition)
+    wanted = torch.where(hole, torch.tensor(0.125), image)
+    assert torch.equal(painted, wanted)
+
+
+def test_tasks_holes_are_seeded_and_neither_nothing_nor_all():
+    """A hole is a function of its generator, covers some of the image and never all, boxes and strokes both come up, and a
+    larger image gets more of them. Catches an empty mask, whose PSNR is 0/0.
+    """
+    holes = torch.stack([data.draw_hole(32, 32, 32, np.random.default_rng(k)) for k in range(300)])
+    share = holes.float().mean((1, 2))
+    assert holes.dtype == torch.bool and share.min() > 0.005 and share.max() < 0.75 and 0.08 < share.mean() < 0.3
+    assert torch.equal(holes[7], data.draw_hole(32, 32, 32, np.random.default_rng(7)))
+    box = [torch.equal(h, h.any(0) & h.any(1)[:, None]) for h in holes]
+    assert 0.35 < np.mean(box) < 0.65
+    large = torch.stack([data.draw_hole(96, 128, 32, np.random.default_rng(k)) for k in range(20)]).float().mean()
+    assert 0.5 * share.mean() < large < 1.5 * share.mean()
+
+
+def test_tasks_psnr_by_hand():
+    """PSNR of a constant error of 16 is 20 log10(255/16), masked or not; Y of white is 235, of black 16, and of the
+    primaries BT.601's; borders of four are cropped. Catches an error averaged in [-1, 1], and Y in [0, 255].
+    """
+    a, b = torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 16.0)
+    assert math.isclose(data.psnr(a, b), 24.0484, abs_tol=1e-3)
+    hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    hole[..., 5, 5] = True
+    b[..., 5, 5] = 255 / 10
+    assert math.isclose(data.psnr(a, b, hole), 20, abs_tol=1e-4)
+    colours = torch.tensor([[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255.0]])[:, :, None, None]
+    np.testing.assert_allclose(data.luma(colours).flatten(), [16, 235, 81.481, 144.553, 40.966], atol=1e-3)
+    assert math.isclose(float(data.luma(torch.full((1, 1, 1, 1), 255.0))), 235, abs_tol=1e-3)
+    c = a.clone()
+    c[..., :4, :], c[..., -4:, :], c[..., :, :4], c[..., :, -4:] = 200, 200, 200, 200
+    c[..., 4, 4] = 10
+    got = data.score("super_resolution", c, a)
+    assert math.isclose(got["PSNR on RGB, dB"], 10 * math.log10(255**2 / (100 / 64)), abs_tol=1e-4)
+    assert math.isclose(got["PSNR on Y, dB"], 10 * math.log10(255**2 / ((10 * 219 / 255) ** 2 / 64)), abs_tol=1e-4)
+    assert math.isclose(data.score("saliency", a[:, :1] + 51, a[:, :1])["MAE"], 0.2, abs_tol=1e-6)
+    assert math.isclose(data.score("inpainting", a, b, hole)["PSNR in the hole, dB"], 20, abs_tol=1e-4)
+
+
+def test_tasks_edge_counts_by_hand():
+    """A marked line of 20 pixels by each of two annotators, ten pixels of it found three pixels off at strength .8 and
+    five far away at .3: all counts by hand. Catches precision and recall changed about, and a square for a disk.
+    """
+    marks = torch.zeros(2, 40, 40, dtype=torch.bool)
+    marks[:, 20, 10:30] = True
+    p = torch.zeros(40, 40)
+    p[23, 10:20], p[2, 5:10] = 0.8, 0.3
+    counts = data.edge_counts(p, marks, torch.tensor([0.2, 0.5, 0.9]), tolerance=3.5 / math.hypot(40, 40))
+    reached = 2 * (10 + 1)  # to columns 10 to 20: a disk of 3.5 reaches one column on, three rows off
+    assert counts.tolist() == [[15, 10, 40, reached], [10, 10, 40, reached], [0, 0, 40, 0]]
+    precision, recall = 1.0, 22 / 40
+    assert math.isclose(float(data.f_score(counts[1])), 2 * precision * recall / (precision + recall), abs_tol=1e-12)
+    ods, ois = data.ods_ois(torch.stack([counts, counts]))
+    assert math.isclose(ods, float(data.f_score(counts[1]))) and math.isclose(ois, ods)
+    # two images whose best thresholds differ: for the dataset one must serve both
+    first = torch.tensor([[10, 10, 10, 10], [0, 0, 10, 0]]).double()
+    second = torch.tensor([[90, 10, 10, 10], [10, 10, 10, 10]]).double()
+    ods, ois = data.ods_ois(torch.stack([first, second]))
+    assert math.isclose(ods, 2 / 3) and ois == 1
+    assert data.dilate(torch.eye(9)[4:5].T @ torch.eye(9)[4:5], 2.5).sum() == 21
+
+
+def test_tasks_thinning_keeps_crests():
+    """A soft ridge becomes a line on its crest, whatever its direction, and a plateau of 1 pixel stays. Catches the
+    direction along the ridge taken for the one across.
+    """
+    y, x = np.mgrid[:48, :48] - 23.5
+    for angle in np.linspace(0, np.pi, 13):
+        off = x * np.cos(angle) + y * np.sin(angle)
+        p = torch.tensor(0.9 * np.exp(-(off**2) / 8)).float()
+        kept = data.thin(p)
+        middle = torch.from_numpy((np.hypot(x, y) < 18) & (np.abs(off) < 8))
+        assert (torch.from_numpy(np.abs(off))[(kept > 0) & middle] <= 1.1).all()
+        assert ((kept > 0) & middle).sum() >= 24  # of a line of 36, or of 25 at 45 degrees
+    line = torch.zeros(32, 32)
+    line[16] = 1
+    assert torch.equal(data.thin(line), line)
 
 
 # ------------------------------------------------------------------------------------ the scripts' promises, in process
@@ -3532,6 +3919,191 @@ def test_two_processes_train_the_model_that_one_does(script, tmp_path, capsys):
         torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-3, atol=2e-5, msg=name)
     assert a["step"] == b["step"] == 5 and len((tmp_path / "two" / "log.jsonl").read_text().splitlines()) == 1
     assert any((a["model"][n] - start[n]).abs().max() > 1e-3 for n in start)
+
+
+# ------------------------------------------------------------------------------------------- tasks: the command line
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """An empty current directory, and few shapes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "shapes", lambda n, *a, draw=data.shapes, **k: draw(min(n, 20), *a, **k))
+    return tmp_path
+
+
+@pytest.mark.parametrize("task", list(data.TARGETS))
+def test_tasks_train_sample_and_evaluate(task, few, capsys):
+    """Each task trains, samples, evaluates against its baseline, and answers an image of any size, with the run's files
+    where they belong. Catches a task that only some commands know.
+    """
+    run = few / "runs" / f"ddm-shapes-{task}"
+    flags = [*TINY, "--image-size", 16, "--iterations", 2]
+    _, out, _ = run_main(capsys, "--train", "--sample", "--task", task, *flags, "--n", 3, "--steps", 2, status=0)
+    network = weights(run)["network"]
+    one = task in ("saliency", "edges")
+    assert network["outputs"] == ((1, 1) if one else (3, 3)) and network["condition"] == (
+        4 if task == "inpainting" else 3
+    )
+    assert (
+        (run / "samples.png").exists() and (run / "trajectory.png").exists() and "samples.png" in out.splitlines()[-1]
+    )
+    _, out, _ = run_main(capsys, "--evaluate", "--task", task, "--n", 3, "--steps", 2, "--ensemble", 2, status=0)
+    floor = {"super_resolution": "bicubic", "inpainting": "mean fill", "saliency": "empty mask", "edges": "gradient"}
+    assert floor[task] in out and "ode2, 2 calls" in out and (run / "evaluation.png").exists()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (21, 35, 3), np.uint8)).save("own.png")
+    Image.fromarray(rng.integers(0, 256, (9, 50), np.uint8)).save("grey.jpg")
+    _, out, _ = run_main(capsys, "--sample", "--task", task, "--steps", 1, "--input", "own.png", "grey.jpg", status=0)
+    scale = 4 if task == "super_resolution" else 1
+    for name, size in (("own", (35, 21)), ("grey", (50, 9))):
+        image = Image.open(run / f"{name}-{task}.png")
+        assert image.size == (scale * size[0], scale * size[1]) and image.mode == ("L" if one else "RGB")
+
+
+@pytest.mark.parametrize("fuse", ["concat", "attention"])
+def test_tasks_resumed_equals_uninterrupted(fuse, few, capsys, monkeypatch):
+    """Three steps, then three more, are the run of six bit for bit: patches, holes and noise are functions of the step.
+    Catches a generator that goes on by itself.
+    """
+    flags = [*TINY, "--image-size", 16, "--task", "inpainting", "--fuse", fuse, "--iterations", 6]
+    run_main(capsys, "--train", *flags, "--run", "whole", status=0)
+    record = data.Training.record
+
+    def stop_after_three(self, *a):
+        record(self, *a)
+        if self.steps == 3 and self.start == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(data.Training, "record", stop_after_three)
+    run_main(capsys, "--train", *flags, "--run", "parts", status=143)
+    assert weights("parts")["step"] == 3
+    run_main(capsys, "--train", "--run", "parts", status=0)
+    assert same(weights("parts"), weights("whole"))
+
+
+def test_tasks_predictions_are_functions_of_seed_image_and_member(few, capsys, monkeypatch):
+    """What is drawn for an image depends on the seed, its number and the ensemble's member alone, and a prediction is the
+    members' mean; a regression has one answer whatever the seed, from no noise and in one call. Catches an ensemble of
+    one noise, noise that depends on the images before, and a baseline that sees noise.
+    """
+    size, noises, shown = 16, [], []
+    settings, args = settings_for("saliency"), types.SimpleNamespace(
+        input=None, mask=None, n=3, evaluate=True, seed=None, ensemble=None, out=None, data_dir=None
+    )
+
+    def draw(condition, generators, watch):
+        noises.append(data.randn(condition[:, :1], generators))
+        return noises[-1]
+
+    def predicted(**changes):
+        noises.clear(), shown.clear()
+        checkpoint = {"ema": {}}
+        data.answer({"own": draw}, few, {**settings, "seed": 3}, types.SimpleNamespace(**{**vars(args), **changes}),
+                     checkpoint, 3, 1, {}, ALONE)  # fmt: skip
+        return list(noises), list(shown)
+
+    monkeypatch.setattr(data, "score", lambda task, p, *a: shown.append(p) or {"MAE": 0.0})
+    one, pictures = predicted()
+    assert len(one) == 3 and not torch.equal(one[0], one[1])
+    torch.testing.assert_close(pictures[0], data.to_uint8(one[0].clamp(-1, 1)).float(), rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(one, predicted(seed=3)[0]))
+    assert not torch.equal(one[0], predicted(seed=4)[0][0])
+    many, pictures = predicted(ensemble=3, n=2)
+    assert len(many) == 6 and torch.equal(many[0], one[0]) and torch.equal(many[3], one[1])
+    assert not any(torch.equal(many[a], many[b]) for a in range(6) for b in range(a))
+    mean = sum(x.clamp(-1, 1) for x in many[:3]) / 3
+    torch.testing.assert_close(pictures[0], data.to_uint8(mean).float(), rtol=0, atol=1)
+    capsys.readouterr()
+    flags = [*TINY, "--image-size", size, "--task", "saliency", "--iterations", 2]
+    run_main(capsys, "--train", "--regression", *flags, "--run", "guess", status=0)
+    noise = []
+    monkeypatch.setattr(
+        ddm,
+        "sample",
+        lambda net, x1, steps, *a, f=ddm.sample, **k: noise.append((x1, steps)) or f(net, x1, steps, *a, **k),
+    )
+    run_main(capsys, "--evaluate", "--run", "guess", "--n", 2, "--seed", 5, "--steps", 7, status=0)
+    assert len(noise) == 2 and all(steps == 1 and (x1 == 0).all() for x1, steps in noise)
+
+
+def test_tasks_regression_is_trained_at_t_equal_one_without_noise(few, capsys, monkeypatch):
+    """--regression trains on x_t = 0 at t = 1, where the loss is the image's error and nothing else. Catches a baseline
+    that is a diffusion model.
+    """
+    seen = []
+
+    def keep(model, x0, phi, eps, t, *a, f=ddm.loss, condition=(), **k):
+        values = f(model, x0, phi, eps, t, *a, condition=condition, **k)
+        guess = -model(torch.zeros_like(x0), torch.ones_like(t), *condition)[0]
+        seen.append((t, eps, values, ((guess - x0) ** 2).mean((1, 2, 3))))
+        return values
+
+    monkeypatch.setattr(ddm, "loss", keep)
+    flags = [*TINY, "--image-size", 16, "--task", "super_resolution", "--iterations", 2, "--regression"]
+    run_main(capsys, "--train", *flags, status=0)
+    for t, eps, values, error in seen:
+        assert (t == 1).all() and (eps == 0).all()
+        torch.testing.assert_close(values, error, rtol=0.01, atol=0)
+
+
+def test_tasks_folder_is_cached_once_trained_on_and_evaluated(few, capsys, monkeypatch):
+    """A folder of pairs is decoded once, trains, and is evaluated on its test folder, with another run beside; --out gets
+    one PNG an image, of its size. Catches test images in training, and predictions of another size.
+    """
+    for part in ("train", "test"):
+        pair_folder(few / "photos" / part, n=3 if part == "train" else 2)
+    flags = ["--task", "edges", "--dataset", "folder", "--data-dir", few / "photos", *TINY, "--image-size", 16]
+    _, out, _ = run_main(capsys, "--train", *flags, "--iterations", 2, status=0)
+    assert "3 images below" in out and len(list((few / "data").glob("pairs-*.npy"))) == 1
+    run_main(capsys, "--train", *flags, "--iterations", 1, "--regression", "--run", "guess", status=0)
+    monkeypatch.setattr(data, "open_pair", None)
+    run_main(capsys, "--train", *flags, "--iterations", 3, status=0)  # from the cache
+    monkeypatch.undo(), monkeypatch.chdir(few)
+    _, out, _ = run_main(
+        capsys, "--evaluate", "--task", "edges", "--steps", 2, "--against", "guess", "--out", "pngs", status=0
+    )
+    assert "2 of 2 images" in out and "ODS" in out and re.search(r"^  guess +ODS", out, re.M)
+    assert [f.name for f in sorted((few / "pngs").iterdir())] == ["images-a0.png", "images-a1.png"]
+    assert Image.open(few / "pngs" / "images-a1.png").size == (42, 31)
+    truth = few / "photos" / "test" / "edges" / "a0.png"
+    truth.unlink()
+    _, _, err = run_main(capsys, "--evaluate", "--task", "edges", status=1)
+    assert "has no partner" in err
+
+
+def test_tasks_wrong_flags_are_sentences(few, capsys):
+    """What has no meaning for a task, or without one, is said: exit 2, one sentence, nothing trained. Catches a flag that is
+    silently ignored.
+    """
+    Image.new("RGB", (20, 20)).save("a.png"), Image.new("L", (9, 9)).save("m.png")
+    for flags, words in [
+        (["--train", "--regression"], "--regression has no meaning without --task"),
+        (["--train", "--encoder", "swin_b"], "--encoder has no meaning without --task"),
+        (["--train", "--task", "edges", "--dataset", "cifar10"], "needs targets, which cifar10 has not"),
+        (["--train", "--task", "saliency", "--edge-bits"], "--edge-bits has no meaning here"),
+        (["--train", "--task", "edges", "--against", "x"], "--against has no meaning here"),
+        (["--train", "--task", "edges", "--no-precondition", "--regression"], "--regression is for"),
+        (["--train", "--task", "edges", "--fuse", "sum"], "invalid choice"),
+    ]:
+        _, _, err = run_main(capsys, *flags, "--device", "cpu", "--iterations", 1, status=2)
+        assert words in err, err
+    assert not list(few.glob("runs/*/checkpoint.pt"))
+    flags = [*TINY, "--image-size", 16, "--iterations", 1]
+    run_main(capsys, "--train", "--task", "inpainting", *flags, status=0)
+    run_main(capsys, "--train", *flags, status=0)
+    for flags, words in [
+        (["--sample", "--task", "saliency"], "no run of ddm.py --task saliency"),
+        (["--sample", "--task", "inpainting", "--mask", "m.png"], "--mask has no meaning here"),
+        (["--sample", "--task", "inpainting", "--input", "a.png", "--mask", "m.png"], "m.png is 9x9, and a 20x20"),
+        (["--sample", "--task", "inpainting", "--input", "none.png"], "none.png is not a readable image"),
+        (["--evaluate", "--dataset", "shapes"], "--evaluate has no meaning without --task"),
+        (["--evaluate", "--task", "inpainting", "--overlap", 16], "--overlap 16 must be less than the window, 16"),
+        (["--evaluate", "--task", "inpainting", "--against", "runs/ddm-shapes"], "is no run of --task inpainting"),
+        (["--train", "--task", "inpainting", "--fuse", "attention"], "was trained with --fuse concat, not attention"),
+    ]:
+        code, _, err = run_main(capsys, *flags, "--device", "cpu")
+        assert code in (1, 2) and words in err and err.count("\n") == 1, (flags, err)
 
 
 # ------------------------------------------------------------------------------------------------------- the README

@@ -84,21 +84,22 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Residual block with time added between its convolutions, as in DDPM (Ho et al. 2020), and attention if head_dim.
 
-    x: [B, c_in, H, W], emb: [B, emb] -> [B, c_out, H, W].
+    x: [B, c_in, H, W], emb: [B, emb] -> [B, c_out, H, W]. Made with emb=0 it knows no time.
     """
 
     def __init__(self, c_in, c_out, emb, dropout, head_dim=None):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
-        self.time = nn.Linear(emb, c_out)
+        self.time = nn.Linear(emb, c_out) if emb else None
         self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, zero=True)
         self.dropout = nn.Dropout(dropout)
         self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, head_dim) if head_dim else nn.Identity()
 
-    def forward(self, x, emb):
+    def forward(self, x, emb=None):
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))
-        h = h + self.time(emb)[:, :, None, None]         # behind the norm, which would take part of it out again
+        if self.time:
+            h = h + self.time(emb)[:, :, None, None]     # behind the norm, which would take part of it out again
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(self.skip(x) + h)
 
@@ -114,19 +115,99 @@ class Fusion(nn.Module):
         return h + self.map(F.adaptive_avg_pool2d(condition, h.shape[-2:]))
 
 
+class CrossAttention(nn.Module):
+    """h [B, C, H, W] asks the condition's features f [B, c, H, W] of its level: every pixel all of them; 0 at first."""
+
+    def __init__(self, channels, c, head_dim):
+        super().__init__()
+        self.heads = max(n for n in range(1, max(1, channels // head_dim) + 1) if channels % n == 0)
+        self.norm, self.norm_f = norm(channels), norm(c)
+        self.q, self.kv = conv(channels, channels, kernel=1), conv(c, 2 * channels, kernel=1)
+        self.out = conv(channels, channels, kernel=1, zero=True)
+
+    def forward(self, h, f):
+        q, k, v = [part.reshape(len(h), self.heads, h.shape[1] // self.heads, -1).transpose(-1, -2)
+                   for part in (self.q(self.norm(h)), *self.kv(self.norm_f(f)).chunk(2, dim=1))]
+        return h + self.out(F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(h.shape))
+
+
+class Encoder(nn.Module):
+    """The condition encoder: an image [B, c, H, W] -> a tuple with a feature map for every level of the U-Net,
+    [B, widths[i], H / 2^i, W / 2^i]. It knows no time, so that one call serves all steps of a sampler.
+    """
+
+    def __init__(self, c, widths):
+        super().__init__()
+        self.first = conv(c, widths[0])
+        self.down = nn.ModuleList(conv(a, a, stride=2) for a in widths[:-1])
+        self.levels = nn.ModuleList(Block(a, b, 0, 0.0) for a, b in zip([widths[0], *widths], widths))
+
+    def forward(self, image):
+        h, features = self.first(image), []
+        for i, block in enumerate(self.levels):
+            h = block(self.down[i - 1](h) if i else h)
+            features.append(h)
+        return tuple(features)
+
+
+class SwinEncoder(Encoder):
+    """The papers' condition encoder, Swin-B (Liu et al. 2021, torchvision's): its four stages, of strides 4 to 32, join
+    the compact encoder's features at the levels of those strides; stages beyond the last level join that one.
+    """
+
+    def __init__(self, c, widths):
+        from torchvision.models import swin_b
+        super().__init__(c, widths)
+        self.swin = swin_b(weights=None).features       # patches, stage, merging, stage, merging, stage, merging, stage
+        self.level = [min(k + 2, len(widths) - 1) for k in range(4)]
+        self.maps = nn.ModuleList(conv(128 * 2 ** k, widths[i], kernel=1) for k, i in enumerate(self.level))
+
+    def forward(self, image):
+        features = list(super().forward(image))
+        mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]     # ImageNet's
+        h = ((image[:, :3] + 1) / 2 - mean) / std        # grey becomes three channels; an inpainting mask is left out
+        for k, (i, to) in enumerate(zip(self.level, self.maps)):
+            h = self.swin[2 * k + 1](self.swin[2 * k](h))                           # NHWC
+            f = to(F.layer_norm(h, h.shape[-1:]).permute(0, 3, 1, 2))
+            size = features[i].shape[-2:]
+            features[i] = features[i] + F.interpolate(f, size, mode="bilinear", align_corners=False)
+        return tuple(features)
+
+    def load_imagenet(self):
+        """Load Swin-B's ImageNet weights, which torchvision downloads once. Raises OSError where it can't."""
+        from torchvision.models import Swin_B_Weights
+        try:
+            state = Swin_B_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:         # no network, no disk, a checksum
+            raise OSError(f"cannot download Swin-B's ImageNet weights ({error}): use --encoder swin_b --no-pretrained, "
+                          f"or put torchvision's file into {torch.hub.get_dir()}/checkpoints") from error
+        prefix = "features."
+        self.swin.load_state_dict({k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)})
+
+
+ENCODERS = {"compact": Encoder, "swin_b": SwinEncoder}
+
+
 class Decoder(nn.Module):
     """The way back up: takes the encoder's features in reverse order. Returns [B, width, H, W], before the output
     layer.
+
+    fuse: how a condition enters where a level begins: "image" (`Fusion`), "concat" (the condition encoder's features of
+    that level are concatenated) or "attention" (`CrossAttention`, but for the first level); None: there is none.
     """
 
-    def __init__(self, skips, widths, blocks, attend, emb, dropout, condition=0):
+    def __init__(self, skips, widths, blocks, attend, emb, dropout, fuse=None, condition=0, head_dim=64):
         super().__init__()
         skips, self.levels, self.up, self.fuse = list(skips), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        c = widths[-1]
+        self.concat, c = fuse == "concat", widths[-1]
         for i, w in reversed(list(enumerate(widths))):
             stack = nn.ModuleList()
-            if condition:
+            if fuse == "image":
                 self.fuse.append(Fusion(condition, c))
+            if fuse == "attention":
+                self.fuse.append(CrossAttention(c, w, head_dim) if i else nn.Identity())
+            if fuse == "concat":
+                c += w
             for _ in range(blocks + 1):
                 stack.append(Block(c + skips.pop(), w, emb, dropout, attend[i]))
                 c = w
@@ -136,8 +217,11 @@ class Decoder(nn.Module):
     def forward(self, h, skips, emb, condition=None):
         skips = list(skips)
         for k, (stack, up) in enumerate(zip(self.levels, self.up)):
-            if self.fuse:
-                h = self.fuse[k](h, condition)
+            seen = condition[-1 - k] if isinstance(condition, tuple) else condition
+            if self.concat:
+                h = torch.cat([h, seen], dim=1)
+            elif self.fuse and not isinstance(self.fuse[k], nn.Identity):
+                h = self.fuse[k](h, seen)
             for block in stack:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
             if skips:
@@ -152,12 +236,18 @@ class UNet(nn.Module):
     channels of the first level (divisible by 8); mult: each level's width over it; blocks: residual blocks a level.
     attention: sizes; a level attends where size / 2^level is listed, whatever the size of the input. second:
     "decoder" or "conv", what the second and further outputs are made by. head_dim: channels of an attention head.
-    Every output starts at zero. condition: channels of an image that net(x, t, condition) fuses with the features where
-    every level begins, going down and up. outputs=() makes a trunk for other heads: call `features`.
+    Every output starts at zero. outputs=() makes a trunk for other heads: call `features`.
+
+    condition: channels of an image that net(x, t, condition) takes too. Without an encoder it is fused as it is with
+    the features where every level begins, going down and up. encoder: "compact" or "swin_b", whose features of every
+    level meet the decoders' there, by fuse="concat" (the papers' appendix: concatenated to the decoders' inputs) or by
+    fuse="attention" (the papers' experiments: "to correlate the features of x_t by attention mechanisms"; as in the
+    released code the first level, where attention between all pixels would cost most, is concatenated to x instead).
+    net(x, t, net.encode(condition)) is the same and lets a sampler encode once.
     """
 
     def __init__(self, channels=3, outputs=(3, 3), width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,),
-                 dropout=0.1, size=32, second="decoder", head_dim=64, condition=0):
+                 dropout=0.1, size=32, second="decoder", head_dim=64, condition=0, encoder=None, fuse="concat"):
         super().__init__()
         if width % 8 or width <= 0:
             raise ValueError(f"the network's width must be a positive multiple of 8, not {width}")
@@ -166,16 +256,19 @@ class UNet(nn.Module):
                              f"of {2 ** (len(mult) - 1)}, not {size}")
         if second not in ("decoder", "conv"):
             raise ValueError(f"second must be 'decoder' or 'conv', not {second!r}")
+        if encoder not in (None, *ENCODERS) or fuse not in ("concat", "attention"):
+            raise ValueError(f"there is no condition encoder {encoder!r} with fuse {fuse!r}")
+        how = fuse if encoder else "image" if condition else None
         widths, emb = [width * m for m in mult], 4 * width
         attend = [head_dim if size / 2 ** i in attention else None for i in range(len(widths))]
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.first = conv(channels, width)
+        self.first = conv(channels + (widths[0] if how == "attention" else 0), width)
 
         self.encoder, self.down, self.fuse = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         skips, c = [width], width                        # the widths of what the decoders will be handed
         for i, w in enumerate(widths):
             stack = nn.ModuleList()
-            if condition:
+            if how == "image":
                 self.fuse.append(Fusion(condition, c))
             for _ in range(blocks):
                 stack.append(Block(c, w, emb, dropout, attend[i]))
@@ -188,12 +281,13 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList([Block(c, c, emb, dropout, head_dim), Block(c, c, emb, dropout)])
 
         decoders = max(1, len(outputs)) if second == "decoder" else 1
-        self.decoders = nn.ModuleList(Decoder(skips, widths, blocks, attend, emb, dropout, condition)
+        self.decoders = nn.ModuleList(Decoder(skips, widths, blocks, attend, emb, dropout, how, condition, head_dim)
                                       for _ in range(decoders))
         self.heads = nn.ModuleList()
         for i, c_out in enumerate(outputs):
             branch = [conv(width, width), nn.SiLU()] if i >= decoders else []
             self.heads.append(nn.Sequential(norm(width), nn.SiLU(), *branch, conv(width, c_out, zero=True)))
+        self.at_input, self.encode = how == "attention", ENCODERS[encoder](condition, widths) if encoder else None
 
     def features(self, x, t, condition=None):
         """What the heads are made of: a list with every decoder's [B, width, H, W]."""
@@ -201,8 +295,10 @@ class UNet(nn.Module):
         if x.shape[-2] % stride or x.shape[-1] % stride:
             raise ValueError(f"this U-Net halves its input {len(self.down)} times: height and width must be multiples "
                              f"of {stride}, not {x.shape[-2]}x{x.shape[-1]}")
+        if self.encode and not isinstance(condition, tuple):
+            condition = self.encode(condition)
         emb = self.time(time_embedding(t.to(x.dtype), self.first.out_channels))
-        h = self.first(x)
+        h = self.first(torch.cat([x, condition[0]], dim=1) if self.at_input else x)
         skips = [h]
         for i, stack in enumerate(self.encoder):
             if self.fuse:
@@ -236,10 +332,16 @@ COMPACT = {
     "folder": U64}
 
 
-def create(network, device, seed=0, build=UNet):
-    """(build(**network), a copy of it for the average of its weights, which needs no gradients), both on the device."""
+def create(network, device, seed=0, build=UNet, pretrained=False):
+    """(build(**network), a copy of it for the average of its weights, which needs no gradients), both on the device.
+
+    pretrained: with Swin-B's ImageNet weights, if that is the network's condition encoder; raises OSError without them.
+    """
     torch.manual_seed(seed)
-    net = build(**network).to(device, memory_format=torch.channels_last)
+    net = build(**network)
+    if pretrained and isinstance(net.encode, SwinEncoder):
+        net.encode.load_imagenet()
+    net = net.to(device, memory_format=torch.channels_last)
     return net, copy.deepcopy(net).eval().requires_grad_(False)
 
 
@@ -285,6 +387,67 @@ def fast(net, *inputs):
     return replay
 
 
+def padded(x, net):
+    """x [B, C, H, W] with its last row and column repeated, until the U-Net's stride divides H and W."""
+    stride = 2 ** len(net.down)
+    return F.pad(x, (0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride), mode="replicate")
+
+
+def window_starts(length, size, overlap):
+    """Where windows of `size` begin that cover `length`, evenly spread, neighbours sharing `overlap` pixels or more."""
+    count = 1 + math.ceil(max(0, length - size) / (size - overlap))
+    return [i * (length - size) // max(1, count - 1) for i in range(count)]
+
+
+def windowed(model, encode, size, overlap, batch):
+    """Calls on images of any size as calls on overlapping windows: see(condition [1, c, H, W]) -> call(x, t).
+
+    model(x, t, features) -> a tuple; encode(condition) -> features, a tuple; H and W as `padded` makes them. Every
+    network call of a sampler goes through all windows, `batch` at a time, and averages their outputs with weights that
+    fall towards a window's border: a linear blend, so heads that add up to x_t go on doing so. The windows' features
+    are computed once for all calls and kept: the memory is theirs and a batch's work, not the whole image's work.
+    """
+    graphs = {}
+
+    def see(condition):
+        H, W = condition.shape[-2:]
+        h, w = min(size, H), min(size, W)
+        corners = [(a, b) for a in window_starts(H, h, min(overlap, h - 1))
+                   for b in window_starts(W, w, min(overlap, w - 1))]
+
+        def cut(x, part):
+            return torch.cat([x[..., a:a + h, b:b + w] for a, b in part]).contiguous(memory_format=torch.channels_last)
+
+        def ramp(n):
+            i = torch.arange(1.0, n + 1, device=condition.device)
+            return torch.minimum(i, n + 1 - i).clamp(max=overlap + 1)
+        weight, total = ramp(h)[:, None] * ramp(w), condition.new_zeros(H, W)
+        for a, b in corners:
+            total[a:a + h, b:b + w] += weight
+        at_once = min(batch, len(corners))
+        parts = [corners[k:k + at_once] for k in range(0, len(corners), at_once)]
+        parts[-1] = parts[-1] + corners[-1:] * (at_once - len(parts[-1]))           # full, for the captured graph
+        features = [encode(cut(condition, part)) for part in parts]
+
+        def call(x, t):
+            outs, done = None, set()
+            for part, seen in zip(parts, features):
+                inputs = cut(x, part), t.expand(at_once), *seen
+                if inputs[0].shape not in graphs:
+                    graphs[inputs[0].shape] = fast(lambda x, t, *seen: model(x, t, seen), *inputs)
+                results = graphs[inputs[0].shape](*inputs)
+                outs = outs or [x.new_zeros(1, r.shape[1], H, W) for r in results]
+                for k, (a, b) in enumerate(part):
+                    share = weight / total[a:a + h, b:b + w]
+                    for out, result in zip(outs, results) if (a, b) not in done else ():
+                        out[0, :, a:a + h, b:b + w] += share * result[k]
+                    done.add((a, b))
+            return tuple(outs)
+        return call
+
+    return see
+
+
 def use_bf16(precision, device):
     """Whether the network computes in bfloat16. precision: auto (on a GPU that has it), fp32 or bf16."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -313,15 +476,18 @@ def seconds(call, device, repeats=5):
     return sorted(once() for _ in range(repeats))[repeats // 2]
 
 
-def warn_cost(model, shape, batch_size, steps, processes):
-    """On a CPU, time the network and say what the training ahead will cost, where that is over half an hour."""
+def warn_cost(model, shape, batch_size, steps, processes, condition=0):
+    """On a CPU, time the network and say what the training ahead will cost, where that is over half an hour. condition:
+    the channels of an image that the model takes too.
+    """
     device, batch_size = processes.device, batch_size // processes.world
     if device.type != "cpu" or processes.rank:
         return
     n = min(8, batch_size)
     x, t = torch.zeros(n, *shape), torch.full((n,), 0.5)
+    given = [torch.zeros(n, condition, *shape[1:])] if condition else []
     with torch.no_grad():
-        step = 3 * batch_size / n * seconds(lambda: model(x, t), device, repeats=3)     # about three forward passes
+        step = 3 * batch_size / n * seconds(lambda: model(x, t, *given), device, repeats=3)     # three forward passes
     if step * steps > 1800:
         time_left = datetime.timedelta(seconds=round(step * steps))
         print(f"on the CPU: at about {step:.2g} s a step, {steps} steps take {time_left}. Ctrl-C saves, and the same "
