@@ -1265,6 +1265,8 @@ def check_task(settings, args):
         if getattr(args, name) not in (None, False) and not (meaning and task != "none"):
             where = f"here, with --task {task}" if task != "none" else "without --task"
             raise Problem(f"--{name.replace('_', '-')} has no meaning {where}", 2)
+    if task == "super_resolution" and (args.clip or settings["h"] == "sine"):
+        raise Problem("super-resolution diffuses a residual that [-1, 1] does not hold: drop --clip, or --h sine", 2)
     window = args.window or settings["image_size"]
     if (args.overlap or 0) >= window:
         raise Problem(f"--overlap {args.overlap} must be less than the window, {window}", 2)

@@ -427,6 +427,7 @@ def channels_of(settings, checkpoint):
 def write_samples(run, settings, checkpoint, args, processes):
     """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
     net, model, steps, options = trained(run, settings, checkpoint, args, processes)
+    args.n = args.n or 64
     x = unet.batch_like(args.n, network_of(settings, channels_of(settings, checkpoint)), processes.device)
     model = unet.fast(model, x, x.new_ones(len(x)))
 

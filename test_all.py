@@ -4085,6 +4085,7 @@ def test_tasks_wrong_flags_are_sentences(few, capsys):
         (["--train", "--task", "edges", "--against", "x"], "--against has no meaning here"),
         (["--train", "--task", "edges", "--no-precondition", "--regression"], "--regression is for"),
         (["--train", "--task", "edges", "--fuse", "sum"], "invalid choice"),
+        (["--train", "--task", "super_resolution", "--h", "sine", "--no-precondition"], "drop --clip, or --h sine"),
     ]:
         _, _, err = run_main(capsys, *flags, "--device", "cpu", "--iterations", 1, status=2)
         assert words in err, err
