@@ -2781,6 +2781,26 @@ def test_tasks_pairs_stay_aligned(task, targets, tmp_path, monkeypatch):
         assert len(found) == 8
 
 
+def test_tasks_photos_turned_by_their_camera(tmp_path, monkeypatch):
+    """A photo that EXIF turns by a quarter is measured and read the same way, and small ones grow to the patch. Catches a
+    cache whose rows are another image's columns.
+    """
+    monkeypatch.chdir(tmp_path)
+    exif, image = Image.Exif(), Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8))
+    exif[0x0112] = 6
+    (tmp_path / "d").mkdir()
+    image.save(tmp_path / "d" / "a.png", exif=exif)
+    image.save(tmp_path / "d" / "b.png")
+    assert [data.fitted(tmp_path / "d" / name, "inpainting", 16) for name in ("a.png", "b.png")] == [(40, 20), (20, 40)]
+    assert data.fitted(tmp_path / "d" / "a.png", "inpainting", 30) == (60, 30)
+    assert data.fitted(tmp_path / "d" / "a.png", "saliency", 30) == (30, 30)
+    pairs = data.load_pairs(settings_for("inpainting", tmp_path / "d"), ALONE)
+    turned, plain = pairs[0].permute(1, 2, 0).numpy(), pairs[1].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(plain, np.asarray(image))
+    np.testing.assert_array_equal(turned, np.rot90(plain, -1))
+    assert data.load_pairs(settings_for("inpainting", tmp_path / "d", 30), ALONE)[0].shape == (3, 60, 30)
+
+
 def test_tasks_edge_bits_are_annotators(tmp_path, monkeypatch):
     """Bit k of an edge PNG is annotator k's map, the target their mean, over those who marked anything; without the flag
     it is grey, and an edge from 128 up. Catches the bits' number taken for a strength.
@@ -4027,6 +4047,24 @@ def test_tasks_predictions_are_functions_of_seed_image_and_member(few, capsys, m
     assert len(noise) == 2 and all(steps == 1 and (x1 == 0).all() for x1, steps in noise)
 
 
+def test_tasks_training_gives_each_example_its_own_condition(few, capsys, monkeypatch):
+    """In training a condition and its x0 make up one of the dataset's images, or its mirror image. Catches conditions
+    that are shuffled between the batch's examples.
+    """
+    images = data.shape_pairs("super_resolution", 20, 16).float()
+    images = torch.cat([images, images.flip(-1)])
+
+    def keep(model, x0, *a, f=ddm.loss, condition=(), **k):
+        whole = data.to_uint8(data.finish("super_resolution", x0, *condition)).float()
+        seen.append((whole[:, None] - images).abs().amax((2, 3, 4)).amin(1).max())
+        return f(model, x0, *a, condition=condition, **k)
+
+    seen = []
+    monkeypatch.setattr(ddm, "loss", keep)
+    run_main(capsys, "--train", *TINY, "--image-size", 16, "--task", "super_resolution", "--iterations", 3, status=0)
+    assert len(seen) == 3 and max(seen) <= 1
+
+
 def test_tasks_regression_is_trained_at_t_equal_one_without_noise(few, capsys, monkeypatch):
     """--regression trains on x_t = 0 at t = 1, where the loss is the image's error and nothing else. Catches a baseline
     that is a diffusion model.
@@ -4070,6 +4108,35 @@ def test_tasks_folder_is_cached_once_trained_on_and_evaluated(few, capsys, monke
     truth.unlink()
     _, _, err = run_main(capsys, "--evaluate", "--task", "edges", status=1)
     assert "has no partner" in err
+
+
+@pytest.mark.parametrize(
+    "task, targets, size", [("super_resolution", "edges", (44, 28)), ("saliency", "masks", (44, 30))]
+)
+def test_tasks_evaluate_odd_sizes(task, targets, size, few, capsys):
+    """Images whose sides four, or the network's stride, does not divide: super-resolution is measured on what four
+    divides, a mask at its image's own size. Catches a truth of another size than the prediction.
+    """
+    pair_folder(few / "d", n=1, targets=targets)
+    flags = [
+        "--task",
+        task,
+        "--dataset",
+        "folder",
+        "--data-dir",
+        few / "d",
+        *TINY,
+        "--image-size",
+        16,
+        "--mult",
+        1,
+        1,
+        1,
+    ]
+    run_main(capsys, "--train", *flags, "--iterations", 1, status=0)
+    more = ["--task", task, "--data-dir", few / "d", "--steps", 1]
+    _, out, _ = run_main(capsys, "--evaluate", *more, "--out", "pngs", status=0)
+    assert "1 of 1 images" in out and [Image.open(f).size for f in (few / "pngs").iterdir()] == [size]
 
 
 def test_tasks_wrong_flags_are_sentences(few, capsys):
