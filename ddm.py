@@ -9,6 +9,7 @@ in closed form, the way back from t to t - s is one formula for any step s, and 
     python ddm.py --train                        train on the embedded shapes, in runs/ddm-shapes/ (minutes, two cores)
     python ddm.py --train --dataset cifar10      train on CIFAR-10, in runs/ddm-cifar10/
     python ddm.py --sample --steps 10            sample from the newest run
+    python ddm.py --train --evaluate --task saliency        an image-conditioned task, on the shapes; README has the rest
 
 Symbols, of the paper and of this code:
 
@@ -22,6 +23,7 @@ Symbols, of the paper and of this code:
     H_t     H             [B, C, H, W]    ∫₀ᵗ h dt: 0 at t = 0, -x₀ at t = 1
     λ₁, λ₂  loss_weights  [B]             the weights of the two losses
     σ_d     sigma_data    a number        the data's root mean square, about: .5, or .7 for the shapes; preconditioning
+    Cond    condition     [B, c, H, W]    what the network is told of an image-conditioned task
 
 Equations used: the forward process, Eq. 6 and 7; the loss, Eq. 10 (Algorithm 1); the step back, Eq. 11 (Algorithm 2),
 of which Eq. 9 is the limit of a small step; and Eq. 20, which gives one output from the other. The rest are the older
@@ -46,6 +48,11 @@ Where this differs from the paper, and why:
 - A randomly drawn `a` can't be learnt: x_t explains at most 1/28 of its variance in a t + c, so the loss on φ has a
   floor. That, more than the network, is why the constant wins the papers' comparison of attenuations.
 - The sine reaches no |x₀| beyond 0.7246: for it the images are scaled by 0.72, and back after sampling.
+- Image-conditioned tasks (--task; Sec. V-C) are the same process, loss and samplers for a network that is told one
+  thing more. The papers diffuse in the latent space of an autoencoder; here it is pixels: patches in training, and
+  overlapping windows of larger images in sampling. Super-resolution diffuses what bicubic enlargement lacks.
+- The condition encoder's features are concatenated to the decoders' inputs (ADM Sec. V-A, "Architecture") or related
+  by attention ("Implementation"): the text says both, and --fuse has both.
 - fp16 harmed the paper's training. bf16 has fp32's range: weights, optimizer, schedule, loss and preconditioning stay
   in fp32, and only the network's layers compute in bf16, on GPUs that have it.
 

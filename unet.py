@@ -23,6 +23,9 @@ here they have stride 1. With width=128, blocks=2 and one output this is DDPM's 
 but for the place where time enters: behind a block's second norm, not before it. (A norm takes out what is added evenly
 to its whole group, and in narrow networks a group is a channel or a few.)
 
+A condition, an image the network is told, has an encoder of its own (the papers' "Cond" branch); `windowed` calls the
+network on images larger than it was trained on.
+
     python unet.py [--device cuda]     parameters, FLOPs and images/s on this machine
 
 `fast` makes a call cheap where Python is slower than the GPU; the samplers stay plain loops.
