@@ -431,7 +431,7 @@ def load_pairs(settings, processes):
         return Pairs(task, pixels.to(processes.device).reshape(-1), [(size, size)] * len(pixels), channels, size)
     files = partners(settings["data_dir"], task)
     channels, sizes = channels_of([image for image, _ in files]), [fitted(image, task, size) for image, _ in files]
-    state = repr([task, size, settings["edge_bits"],
+    state = repr([TARGETS[task], settings["edge_bits"], channels, sizes,
                   *[(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for pair in files for f in pair if f]])
     path = pathlib.Path(f"data/pairs-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy")
     pairs = Pairs(task, None, sizes, channels, size)

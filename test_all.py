@@ -4139,6 +4139,22 @@ def test_tasks_evaluate_odd_sizes(task, targets, size, few, capsys):
     assert "1 of 1 images" in out and [Image.open(f).size for f in (few / "pngs").iterdir()] == [size]
 
 
+def test_tasks_preset_is_table_i(few):
+    """--preset paper is ADM's Table I, column by column, with Swin-B. Catches a task with another's numbers."""
+    table = {
+        "inpainting": (256, 48, 4e-5, 400_000, 96, (1, 2, 4, 8), 2, 1e-4),
+        "super_resolution": (512, 12, 5e-5, 200_000, 128, (1, 2, 4, 4), 2, 1e-4),
+        "saliency": (384, 16, 5e-5, 200_000, 128, (1, 2, 4, 4), 2, 1e-4),
+        "edges": (320, 16, 5e-5, 200_000, 128, (1, 2, 4, 4), 2, 1e-4),
+    }
+    keys = ("image_size", "batch_size", "lr", "iterations", "width", "mult", "blocks", "delta")
+    for task, row in table.items():
+        args = ddm.arguments(["--train", "--task", task, "--dataset", "folder", "--data-dir", "d", "--preset", "paper"])
+        settings = data.open_run("ddm", args, ddm.DEFAULTS, ddm.PAPER, ddm.NETWORK, ddm.TASKS)[1]
+        assert tuple(settings[key] for key in keys) == row and settings["encoder"] == "swin_b"
+        assert ddm.network_of(settings, 3)["encoder"] == "swin_b" and not settings["precondition"]
+
+
 def test_tasks_wrong_flags_are_sentences(few, capsys):
     """What has no meaning for a task, or without one, is said: exit 2, one sentence, nothing trained. Catches a flag that is
     silently ignored.
@@ -4230,3 +4246,16 @@ def test_map_is_true():
                 tagged += len(found)
                 assert found <= mapped, line
         assert tagged > 5
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| ADM |")]  # the tasks, which have no equations
+    assert {cells[1].strip() for cells in rows} >= {
+        "Fig. 4",
+        "Sec. V-A",
+        "Sec. V-C",
+        "Table I",
+        "Table III",
+        "Table IV",
+    }
+    for _, number, _, where, proofs in rows:
+        places, proofs = re.findall(r"`(\w+)\.(\w+)`", where), re.findall(r"`(\w+)`", proofs)
+        assert places and all(callable(getattr(sys.modules[file], name)) for file, name in places), number
+        assert proofs and all(callable(globals()[name]) for name in proofs), number
