@@ -11,7 +11,6 @@ import contextlib
 import csv
 import datetime
 import functools
-import glob
 import hashlib
 import io
 import itertools
@@ -82,7 +81,7 @@ def bad_arguments():
 
 # ------------------------------------------------------------------------------------------------------ randomness
 
-PURPOSES = ("weights", "batch", "dropout", "image")
+PURPOSES = ("weights", "batch", "dropout", "image", "hole")
 
 
 def seed(purpose, *numbers):
@@ -319,7 +318,7 @@ def draw_batch(images, batch_size, generator):
 
 TARGETS = {"super_resolution": None, "inpainting": None, "saliency": "mask", "edges": "edge"}   # the target's folder
 SCALE = 4           # of super-resolution, each way
-GAIN = 4.0          # what super-resolution's residual is multiplied by: its root mean square becomes about .3
+GAIN = 4.0          # what super-resolution's residual is multiplied by: of photos, its root mean square becomes about .5
 
 
 def shrink(image):
@@ -428,7 +427,8 @@ def load_pairs(settings, processes):
         shapes_ = name == "shapes"
         pixels = shape_pairs(task, 5000, size) if shapes_ else load(name, settings["data_dir"], size, processes)
         channels = pixels.shape[1] - (TARGETS[task] is not None)
-        return Pairs(task, pixels.to(processes.device).reshape(-1), [(size, size)] * len(pixels), channels, size)
+        pixels = pixels.to(processes.device) if shapes_ else pixels                 # `load` has placed the others
+        return Pairs(task, pixels.reshape(-1), [(size, size)] * len(pixels), channels, size)
     files = partners(settings["data_dir"], task)
     channels, sizes = channels_of([image for image, _ in files]), [fitted(image, task, size) for image, _ in files]
     state = repr([TARGETS[task], settings["edge_bits"], channels, sizes,
@@ -480,21 +480,25 @@ def partners(folder, task, test=False):
     folder = pathlib.Path(folder)
     files, word, found = listing(folder, "folder"), TARGETS[task], []
 
-    def of(file, *words):                   # whether a folder on the way to the file is named so
-        return any(re.search(rf"({'|'.join(words)})s?$", part, re.I) for part in file.relative_to(folder).parts[:-1])
+    def of(file, pattern):                  # whether a folder on the way to the file is named so
+        return any(re.fullmatch(pattern, part, re.I) for part in file.relative_to(folder).parts[:-1])
 
-    files = [f for f in files if not of(f, "masks?", "edges?") and (test or not of(f, "^test", "-te"))]
+    files = [f for f in files if not of(f, "(.*[-_])?(mask|edge)s?") and (test or not of(f, "test|.*-te"))]
+
+    @functools.cache
+    def targets(place):                     # of a folder of images: {stem: file} of the folders of targets beside it
+        name = re.sub("images?$", "", place.name, flags=re.I) + word
+        beside = [f for f in place.parent.iterdir() if f.name.lower() in (name.lower(), f"{name}s".lower())]
+        return {f.stem: f for g in sorted(beside) if g.is_dir() for f in listing(g, "folder")}
+
     for file in files:
         if not word:
             found.append((file, None))
-        elif of(file, "images?") or re.search("images?$", folder.name, re.I):
-            beside = re.sub("images?$", "", file.parent.name, flags=re.I) + word
-            names = (beside.lower(), f"{beside}s".lower())
-            places = [place for place in file.parent.parent.glob("*") if place.name.lower() in names]
-            mates = sorted(mate for place in places for mate in place.glob(f"{glob.escape(file.stem)}.*"))
-            if not mates:
-                raise Problem(f"{file} has no partner: --task {task} looks for ../{beside}s/{file.stem}.*")
-            found.append((file, mates[0]))
+        elif re.search("images?$", file.resolve().parent.name, re.I):
+            target = targets(file.resolve().parent).get(file.stem)
+            if target is None:
+                raise Problem(f"{file} has no partner named {file.stem} in a folder of {word}s beside its own")
+            found.append((file, target))
     if not found:
         where = f" in folders named images, beside folders of {word}s" if word else ""
         raise Problem(f"{folder} has no images{where} to use (folders named test are left out)", 2)
@@ -514,6 +518,9 @@ def open_pair(task, image, target, bits):
     if target.size != image.size:
         raise Problem(f"{name} is {target.width}x{target.height}, and its image {image.width}x{image.height}")
     pixels = np.asarray(target.convert("L"))
+    if not bits and 0 < pixels.max() < 128:
+        raise Problem(f"{name} has no pixel above {pixels.max()}: a target is black (0) to white (255)" + (
+            ", or a bit for each annotator with --edge-bits" if task == "edges" else ""))
     if task == "edges":
         planes = [pixels >> k & 1 for k in range(8)] if bits else [pixels >= 128]
         annotators = np.stack([plane.astype(bool) for plane in planes if plane.any()] or [np.zeros_like(pixels, bool)])
@@ -533,10 +540,12 @@ def fitted(file, task, size):
 
 
 def psnr(a, b, where=None):
-    """Peak signal-to-noise ratio in dB of two images in [0, 255], over the elements that the mask `where` selects."""
+    """Peak signal-to-noise ratio in dB of two images in [0, 255], over the elements that the mask `where` selects; 100
+    dB at most, so that one perfect image does not make a mean infinite.
+    """
     error = (a.double() - b.double()) ** 2
     error = (error if where is None else error[where.expand_as(error)]).mean()
-    return float(10 * torch.log10(255 ** 2 / error))
+    return min(100.0, float(10 * torch.log10(255 ** 2 / error)))
 
 
 def luma(rgb):
@@ -545,20 +554,11 @@ def luma(rgb):
     return 16 + (rgb.expand(-1, 3, -1, -1) * weights).sum(1, keepdim=True)
 
 
-def dilate(p, radius):
-    """The largest value of p [..., H, W] within a disk of that radius, in pixels."""
-    reach, (h, w) = int(radius), p.shape[-2:]
-    padded = torch.nn.functional.pad(p, (reach,) * 4, value=-math.inf)
-    offsets = [(i, j) for i in range(2 * reach + 1) for j in range(2 * reach + 1)
-               if (i - reach) ** 2 + (j - reach) ** 2 <= radius ** 2]
-    return functools.reduce(torch.maximum, (padded[..., i:i + h, j:j + w] for i, j in offsets))
-
-
 def thin(p):
     """Edge strengths p [H, W] in [0, 1] with all but the ridges' crests set to 0: non-maximum suppression.
 
-    The direction across a ridge is that of the largest curvature of a smoothed p; a pixel stays unless p is more than
-    1 % larger one pixel away in that direction, to either side.
+    The direction across a ridge is that of the largest curvature of a smoothed p; a pixel stays unless p is larger one
+    pixel away in that direction, to either side. A little of the smoothed p decides between equals, as in a broad band.
     """
     smooth = p[None, None]
     for _ in range(2):                      # a triangle of radius 4, each way
@@ -569,31 +569,51 @@ def thin(p):
     angle = angle + math.pi / 2 * (dxx + dyy < 0)               # or the other one, where that one's is larger in size
     h, w = p.shape
     y, x = torch.meshgrid(torch.arange(h).to(p), torch.arange(w).to(p), indexing="ij")
-    keep = torch.ones_like(p, dtype=torch.bool)
+    height, keep = p[None, None] + 0.01 * smooth, torch.ones_like(p, dtype=torch.bool)
     for side in (-1, 1):
         at = torch.stack([(x + side * angle.cos()) * 2 / (w - 1) - 1, (y + side * angle.sin()) * 2 / (h - 1) - 1], -1)
-        beside = torch.nn.functional.grid_sample(p[None, None], at[None], padding_mode="border", align_corners=True)
-        keep &= 1.01 * p >= beside[0, 0]
+        beside = torch.nn.functional.grid_sample(height, at[None], padding_mode="border", align_corners=True)
+        keep &= height[0, 0] >= beside[0, 0]
     return p * keep
+
+
+def match(found, marked, radius):
+    """Pair found pixels with marked ones within `radius`, one to one, the nearest first: which of each have a partner.
+
+    found, marked: bool [T, H, W], T problems at once. Every offset is a bijection, so one pass over all pixels pairs
+    those that lie so far apart and are free still.
+    """
+    reach, (h, w) = int(radius), found.shape[-2:]
+    disk = [(i, j) for i in range(-reach, reach + 1) for j in range(-reach, reach + 1) if i * i + j * j <= radius ** 2]
+    free_found, free_marked = found.clone(), marked.clone()
+    for i, j in sorted(disk, key=lambda offset: math.hypot(*offset)):
+        if abs(i) < h and abs(j) < w:
+            a = free_found[:, max(0, -i):h - max(0, i), max(0, -j):w - max(0, j)]
+            b = free_marked[:, max(0, i):h + min(0, i), max(0, j):w + min(0, j)]
+            pairs = a & b
+            a ^= pairs
+            b ^= pairs
+    return found & ~free_found, marked & ~free_marked
 
 
 def edge_counts(p, annotators, thresholds, tolerance=0.0075):
     """What precision and recall are made of, float64 [T, 4]: edge pixels found, of them right; marked ones, of them
     found.
 
-    p: thinned strengths [H, W]. annotators: bool [A, H, W]. A found pixel is right if any annotator marked one within
-    `tolerance` of the diagonal; a marked one, of each annotator, is found if there is a found one within it. That is
-    matching by dilation, which approximates the benchmark's one-to-one correspondence from above: two found pixels may
-    share a mark.
+    p: thinned strengths [H, W]. annotators: bool [A, H, W]. With each annotator found and marked pixels are paired one
+    to one within `tolerance` of the diagonal; a found pixel is right if it has a partner with any annotator, and the
+    marked ones of all are counted. As in the BSDS benchmark, but that its pairs are the cheapest there are, and these
+    are `match`'s.
     """
     radius = tolerance * math.hypot(*p.shape)
-    near = dilate(annotators.any(0).to(p), radius) > 0
-    marked = dilate(p, radius).expand(annotators.shape)[annotators]
-
-    def above(values):                      # how many are at least each threshold
-        return len(values) - torch.searchsorted(values.sort().values, thresholds.to(values))
-    return torch.stack([above(p.flatten()), above(p[near]), torch.full_like(thresholds, len(marked)), above(marked)],
-                       dim=1).double()
+    found = p >= thresholds[:, None, None].to(p)
+    right, reached = torch.zeros_like(found), torch.zeros(len(found))
+    for marks in annotators:
+        of_found, of_marked = match(found, marks.expand_as(found), radius)
+        right |= of_found
+        reached += of_marked.sum((1, 2))
+    marked = torch.full_like(reached, int(annotators.sum()))
+    return torch.stack([found.sum((1, 2)), right.sum((1, 2)), marked, reached], dim=1).double()
 
 
 def f_score(counts):
@@ -859,7 +879,7 @@ def pil(image):
 
 def side_by_side(rows, labels):
     """Rows of Pillow images of any sizes as one, small ones enlarged, with a label above every column."""
-    zoom, gap, head = max(1, round(64 / max(rows[0][0].size))), 2, 14
+    zoom, gap, head = max(1, round(64 / max(max(image.size) for row in rows for image in row))), 2, 14
     across = max(1, round(math.sqrt(len(rows) / len(labels)))) if zoom > 1 else 1       # small rows stand side by side
     w, h = (gap + zoom * max(image.size[axis] for row in rows for image in row) for axis in (0, 1))
     columns = across * len(labels)
@@ -998,7 +1018,7 @@ def draw_samples(draw, x, run, checkpoint, args, calls, options, processes, look
 
 
 def score(task, prediction, truth, hole=None, annotators=None):
-    """What a prediction is worth: {metric: value}, or of edges their counts at 99 thresholds. All in [0, 255].
+    """What a prediction is worth: {metric: value}, or of edges their counts at 33 thresholds. All in [0, 255].
 
     PSNR in dB: of super-resolution on Y and on RGB, without a border of SCALE pixels; of inpainting inside the hole.
     MAE of saliency as a fraction of the range.
@@ -1010,7 +1030,7 @@ def score(task, prediction, truth, hole=None, annotators=None):
         return {"PSNR in the hole, dB": psnr(prediction, truth, hole)}
     if task == "saliency":
         return {"MAE": float((prediction - truth).abs().mean() / 255)}
-    return edge_counts(thin(prediction[0, 0] / 255), annotators, torch.linspace(0.01, 0.99, 99))
+    return edge_counts(thin(prediction[0, 0] / 255), annotators, torch.arange(1, 34) / 34)
 
 
 def summary(scores):
@@ -1048,7 +1068,7 @@ def resized(x, size):
 def test_items(settings, args, channels):
     """[(name, read)] of what to answer; read() -> (image [1, C, h, w], target [1, 1, h, w], annotators [A, h, w] bool),
     uint8, the last two or None. They are --input's files; or embedded shapes, of another seed than the training's; or
-    the images of the folder `test` in the run's data directory, or of a --data-dir given now, --n of them, spread.
+    the images of the data directory's folder `test`, or of a --data-dir given now that has none; --n of them, spread.
     """
     task, folder = settings["task"], pathlib.Path(settings["data_dir"])
     n = args.n or (None if args.evaluate else 8)
@@ -1067,10 +1087,10 @@ def test_items(settings, args, channels):
             image, target = pairs[i:i + 1, :3], pairs[i:i + 1, 3:]
             return image, target if TARGETS[task] else None, target[0] >= 128 if task == "edges" else None
         return [(f"{i:06}", functools.partial(drawn, i)) for i in range(len(pairs))]
-    if not args.data_dir:
+    if (folder / "test").is_dir():
         folder = folder / "test"
-        if not folder.is_dir():
-            raise Problem(f"there is no {folder}: say with --data-dir where the test images are, or use --input", 2)
+    elif args.train or not args.data_dir:
+        raise Problem(f"there is no {folder / 'test'}: say with --data-dir where test images are, or use --input", 2)
     files = partners(folder, task, test=True)
     names = [str(image.relative_to(folder).with_suffix("")).replace(os.sep, "-") for image, _ in files]
     n = min(n or len(files), len(files))
@@ -1081,7 +1101,7 @@ def hole_of(i, name, image, size, seed_, args):
     """Test image i's hole, bool [1, 1, h, w]: --mask, or drawn, a function of (seed, i) alone."""
     h, w = image.shape[-2:]
     if not args.mask:
-        return draw_hole(h, w, size, np.random.default_rng(seed("image", seed_, i)))[None, None].to(image.device)
+        return draw_hole(h, w, size, np.random.default_rng(seed("hole", seed_, i)))[None, None].to(image.device)
     hole = as_tensor(open_image(args.mask), "L") >= 128
     if hole.shape[-2:] != (h, w):
         raise Problem(f"{args.mask} is {hole.shape[-1]}x{hole.shape[-2]}, and {name} {w}x{h}: give one of its size", 2)
@@ -1100,18 +1120,31 @@ def answer(draws, run, settings, args, checkpoint, channels, calls, options, pro
         return
     task, size, members, own = settings["task"], settings["image_size"], args.ensemble or 1, next(iter(draws))
     items, live, frames, rows, scores = test_items(settings, args, channels), Live(), [], [], {}
+    least = 2 * SCALE + 1 if task == "super_resolution" and not args.input else 2      # pixels that can be measured
     seed_ = settings["seed"] if args.seed is None else args.seed
     identity = {"weights": digest(checkpoint["ema"]), "task": task, "seed": seed_, "network calls per image": calls,
                 "ensemble": args.ensemble, **options}
     given = {key: value for key, value in identity.items() if value is not None and value is not False}
     text = ", ".join(f"{key} {flag(value)}" for key, value in given.items())
     folder, picture_ = pathlib.Path(args.out or run), run / ("evaluation.png" if args.evaluate else "samples.png")
+    files = [folder / (f"{name}-{task}.png" if args.input else f"{name}.png") for name, _ in items]
+    files = files if args.input or args.out else []
+    if len({*files}) < len(files):
+        raise Problem("two of the images have one name, and so would their answers: rename one", 2)
     with explained("use", folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if file.exists():
+            with contextlib.suppress(OSError), Image.open(file) as there:
+                if "sample" in there.info:
+                    continue
+            raise Problem(f"{file} is there, and was not made here: choose another --out")
     began = time.monotonic()
     for i, (name, read) in enumerate(items):
         image, target, annotators = read()
         image = to_float(image).to(processes.device)
+        if min(image.shape[-2:]) < least:
+            raise Problem(f"{name} is {image.shape[-1]}x{image.shape[-2]}: too small, by the task's {least} pixels")
         if task == "super_resolution" and not args.input:
             image = image[..., :image.shape[-2] // SCALE * SCALE, :image.shape[-1] // SCALE * SCALE]
         hole = hole_of(i, name, image, size, seed_, args) if task == "inpainting" else None
@@ -1138,25 +1171,25 @@ def answer(draws, run, settings, args, checkpoint, channels, calls, options, pro
         for method, p in pixels.items() if args.evaluate else ():
             worth = score(task, p.float(), truth.float(), hole.cpu() if hole is not None else None, annotators)
             scores.setdefault(method, []).append(worth)
-        if args.input or args.out:
-            save_png(pil(pixels[own][0]), folder / (f"{name}-{task}.png" if args.input else f"{name}.png"), sample=text)
-        elif len(rows) < 32:
+        if files:
+            save_png(pil(pixels[own][0]), files[i], sample=text)
+        elif len(rows) < 8:
             shown = image if task == "saliency" else condition[:, :channels]
             rows.append([pil(x[0]) for x in (to_uint8(shown).cpu(), pixels[own], truth)])
         so_far = f"   {own}: {summary(scores[own])}" if scores else ""
         live(f"{i + 1} of {len(items)} images{so_far}", last=i + 1 == len(items))
-    files = [f"{len(items)} PNGs into {folder}"]
+    wrote = f"{len(items)} PNGs into {folder}"
     if rows:
         save_png(side_by_side(rows, ("input", "prediction", "truth")), picture_, sample=text)
-        files = [str(picture_)]
+        wrote = str(picture_)
         if not args.evaluate:
             few = sorted({round(k * (len(frames) - 1) / 10) for k in range(11)})
             save_png(trajectory([frames[k] for k in few]), run / "trajectory.png", sample=text)
-            files.append(f"{run}/trajectory.png")
+            wrote += f", {run}/trajectory.png"
     print(f"sampled: {text}; {(time.monotonic() - began) / len(items):.3g} s an image")
     for method, worth in scores.items():
         print(f"  {method:32} {summary(worth)}")
-    print(f"wrote {', '.join(files)}", flush=True)
+    print(f"wrote {wrote}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -1257,19 +1290,25 @@ def check_task(settings, args):
     task, sampling = settings["task"], args.sample or args.evaluate
     has_meaning = {
         "evaluate": True, "encoder": True, "fuse": True, "regression": True,
-        "pretrained": settings["encoder"] == "swin_b", "edge_bits": task == "edges",
-        "ensemble": sampling, "window": sampling, "overlap": sampling,
+        "pretrained": settings["encoder"] == "swin_b",
+        "edge_bits": task == "edges" and settings["dataset"] == "folder",
+        "ensemble": sampling and not settings["regression"], "window": sampling, "overlap": sampling,
         "input": args.sample and not args.evaluate, "against": args.evaluate,
         "mask": task == "inpainting" and args.input and len(args.input) == 1}
     for name, meaning in has_meaning.items():
         if getattr(args, name) not in (None, False) and not (meaning and task != "none"):
             where = f"here, with --task {task}" if task != "none" else "without --task"
             raise Problem(f"--{name.replace('_', '-')} has no meaning {where}", 2)
+    if task == "super_resolution" and settings["image_size"] % SCALE:
+        raise Problem(f"super-resolution by {SCALE} needs an --image-size that {SCALE} divides", 2)
     if task == "super_resolution" and (args.clip or settings["h"] == "sine"):
         raise Problem("super-resolution diffuses a residual that [-1, 1] does not hold: drop --clip, or --h sine", 2)
     window = args.window or settings["image_size"]
     if (args.overlap or 0) >= window:
         raise Problem(f"--overlap {args.overlap} must be less than the window, {window}", 2)
+    for name, meaning in (("n", not args.input), ("steps", not settings["regression"])):
+        if task != "none" and getattr(args, name) and not meaning:
+            raise Problem(f"--{name} has no meaning with --{'input' if name == 'n' else 'regression'}", 2)
     if settings["regression"] and (settings["predict"] != "both" or not settings["precondition"]):
         raise Problem("--regression is for the default outputs: drop --predict or --no-precondition", 2)
 

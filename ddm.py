@@ -9,7 +9,7 @@ in closed form, the way back from t to t - s is one formula for any step s, and 
     python ddm.py --train                        train on the embedded shapes, in runs/ddm-shapes/ (minutes, two cores)
     python ddm.py --train --dataset cifar10      train on CIFAR-10, in runs/ddm-cifar10/
     python ddm.py --sample --steps 10            sample from the newest run
-    python ddm.py --train --evaluate --task saliency        an image-conditioned task, on the shapes; README has the rest
+    python ddm.py --train --evaluate --task saliency        an image-conditioned task; README has the others
 
 Symbols, of the paper and of this code:
 
@@ -479,9 +479,11 @@ def answer(run, settings, checkpoint, args, processes):
     for other in args.against or ():
         saved = data.load_checkpoint(f"{other}/checkpoint.pt")
         theirs = {**saved["network"], **saved["method"], "image_size": saved["network"].get("size")}
-        if theirs.get("task") != settings["task"]:
-            raise data.Problem(f"{other} is no run of --task {settings['task']}", 2)
-        draws[other] = painter(other, theirs, saved, args, processes)[0]
+        if any(theirs.get(key) != settings[key] for key in ("task", "image_size")) or (
+                saved["network"].get("condition") != checkpoint["network"]["condition"]):
+            raise data.Problem(f"{other} is no run of --task {settings['task']} at the same image size and channels", 2)
+        with data.bad_arguments():
+            draws[other] = painter(other, theirs, saved, args, processes)[0]
     data.answer(draws, run, settings, args, checkpoint, channels_of(settings, checkpoint), steps, options, processes)
 
 

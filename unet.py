@@ -155,7 +155,8 @@ class Encoder(nn.Module):
 
 class SwinEncoder(Encoder):
     """The papers' condition encoder, Swin-B (Liu et al. 2021, torchvision's): its four stages, of strides 4 to 32, join
-    the compact encoder's features at the levels of those strides; stages beyond the last level join that one.
+    the compact encoder's features at the levels of those strides; stages beyond the last level join that one. In
+    training half of its last blocks are skipped at random, and fewer before, as torchvision has it.
     """
 
     def __init__(self, c, widths):
@@ -164,11 +165,13 @@ class SwinEncoder(Encoder):
         self.swin = swin_b(weights=None).features       # patches, stage, merging, stage, merging, stage, merging, stage
         self.level = [min(k + 2, len(widths) - 1) for k in range(4)]
         self.maps = nn.ModuleList(conv(128 * 2 ** k, widths[i], kernel=1) for k, i in enumerate(self.level))
+        imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]       # mean, std
+        self.register_buffer("imagenet", imagenet, persistent=False)
 
     def forward(self, image):
-        features = list(super().forward(image))
-        mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]     # ImageNet's
-        h = ((image[:, :3] + 1) / 2 - mean) / std        # grey becomes three channels; an inpainting mask is left out
+        features, (mean, std) = list(super().forward(image)), self.imagenet
+        colours = image[:, :3 if image.shape[1] > 2 else 1]                         # without the mask of inpainting
+        h = ((colours + 1) / 2 - mean) / std                                        # grey becomes three channels
         for k, (i, to) in enumerate(zip(self.level, self.maps)):
             h = self.swin[2 * k + 1](self.swin[2 * k](h))                           # NHWC
             f = to(F.layer_norm(h, h.shape[-1:]).permute(0, 3, 1, 2))
@@ -437,6 +440,7 @@ def windowed(model, encode, size, overlap, batch):
             for part, seen in zip(parts, features):
                 inputs = cut(x, part), t.expand(at_once), *seen
                 if inputs[0].shape not in graphs:
+                    graphs.clear()                       # a graph holds its memory, and images come in many sizes
                     graphs[inputs[0].shape] = fast(lambda x, t, *seen: model(x, t, seen), *inputs)
                 results = graphs[inputs[0].shape](*inputs)
                 outs = outs or [x.new_zeros(1, r.shape[1], H, W) for r in results]
