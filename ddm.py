@@ -475,7 +475,8 @@ def painter(run, settings, checkpoint, args, processes):
 def answer(run, settings, checkpoint, args, processes):
     """--sample and --evaluate of a task: what data.answer makes of this run's samples, and of those of --against."""
     draw, steps, options = painter(run, settings, checkpoint, args, processes)
-    draws = {"regression" if settings["regression"] else f"{options['solver']}, {steps} calls": draw}
+    calls = f"{options['solver']}, {steps} call{'s' * (steps > 1)}"
+    draws = {"regression" if settings["regression"] else calls: draw}
     for other in args.against or ():
         saved = data.load_checkpoint(f"{other}/checkpoint.pt")
         theirs = {**saved["network"], **saved["method"], "image_size": saved["network"].get("size")}

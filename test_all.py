@@ -2482,6 +2482,7 @@ def test_unet_swin_sees_the_image_as_imagenet_does(monkeypatch):
         changed = [not torch.equal(a, b) for a, b in zip(before, net(grey))]
         assert changed == [j == i for j in range(4)]
     assert len(features) == 4
+    assert unet.SwinEncoder(2, [8, 8])(torch.zeros(1, 2, 32, 32))[1].shape == (1, 8, 16, 16)  # grey, and a mask
 
     def offline(*a, **k):
         raise OSError("no route to host")
@@ -4139,6 +4140,16 @@ def test_tasks_folder_is_cached_once_trained_on_and_evaluated(few, capsys, monke
     assert "2 of 2 images" in out and "ODS" in out and re.search(r"^  guess +ODS", out, re.M)
     assert [f.name for f in sorted((few / "pngs").iterdir())] == ["images-a0.png", "images-a1.png"]
     assert Image.open(few / "pngs" / "images-a1.png").size == (42, 31)
+    _, out, _ = run_main(capsys, "--evaluate", "--task", "edges", "--data-dir", few / "photos", "--steps", 1, status=0)
+    assert "2 of 2 images" in out  # the test folder still
+    Image.new("RGB", (9, 9)).save(few / "pngs" / "images-a1.png")
+    _, _, err = run_main(capsys, "--evaluate", "--task", "edges", "--out", "pngs", status=1)
+    assert "was not made here" in err and Image.open(few / "pngs" / "images-a1.png").size == (9, 9)
+    (few / "photos" / "test").rename(few / "photos" / "later")
+    for flags in (["--evaluate"], ["--train", "--evaluate", "--data-dir", few / "photos"]):
+        _, _, err = run_main(capsys, *flags, "--task", "edges", status=2)
+        assert "say with --data-dir where test images are" in err  # and never those of training
+    (few / "photos" / "later").rename(few / "photos" / "test")
     truth = few / "photos" / "test" / "edges" / "a0.png"
     truth.unlink()
     _, _, err = run_main(capsys, "--evaluate", "--task", "edges", status=1)
@@ -4195,6 +4206,7 @@ def test_tasks_wrong_flags_are_sentences(few, capsys):
     silently ignored.
     """
     Image.new("RGB", (20, 20)).save("a.png"), Image.new("L", (9, 9)).save("m.png")
+    Image.new("RGB", (1, 1)).save("dot.png")
     for flags, words in [
         (["--train", "--regression"], "--regression has no meaning without --task"),
         (["--train", "--encoder", "swin_b"], "--encoder has no meaning without --task"),
@@ -4203,6 +4215,7 @@ def test_tasks_wrong_flags_are_sentences(few, capsys):
         (["--train", "--task", "edges", "--against", "x"], "--against has no meaning here"),
         (["--train", "--task", "edges", "--no-precondition", "--regression"], "--regression is for"),
         (["--train", "--task", "edges", "--fuse", "sum"], "invalid choice"),
+        (["--train", "--task", "super_resolution", "--image-size", 18], "an --image-size that 4 divides"),
         (["--train", "--task", "super_resolution", "--h", "sine", "--no-precondition"], "drop --clip, or --h sine"),
     ]:
         _, _, err = run_main(capsys, *flags, "--device", "cpu", "--iterations", 1, status=2)
@@ -4216,6 +4229,9 @@ def test_tasks_wrong_flags_are_sentences(few, capsys):
         (["--sample", "--task", "inpainting", "--mask", "m.png"], "--mask has no meaning here"),
         (["--sample", "--task", "inpainting", "--input", "a.png", "--mask", "m.png"], "m.png is 9x9, and a 20x20"),
         (["--sample", "--task", "inpainting", "--input", "none.png"], "none.png is not a readable image"),
+        (["--sample", "--task", "inpainting", "--input", "a.png", "b/a.png"], "two of the images have one name"),
+        (["--sample", "--task", "inpainting", "--input", "dot.png"], "dot is 1x1: too small"),
+        (["--sample", "--task", "inpainting", "--input", "a.png", "--n", 3], "--n has no meaning with --input"),
         (["--evaluate", "--dataset", "shapes"], "--evaluate has no meaning without --task"),
         (["--evaluate", "--task", "inpainting", "--overlap", 16], "--overlap 16 must be less than the window, 16"),
         (
