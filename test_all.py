@@ -2523,7 +2523,7 @@ def test_unet_windows_cover_exactly(length, size, overlap):
     assert len(starts) == 1 or (len(starts) - 2) * (size - overlap) + size < length
 
 
-@pytest.mark.parametrize("batch", [1, 4, 100])
+@pytest.mark.parametrize("batch", [1, 3, 100])
 def test_unet_windows_blend_to_the_whole_image(batch):
     """Where the outputs of a pixel don't depend on the window, windowed calls are the call on the whole image, with each
     window's own condition; one window is that call bit for bit; features are computed once, and no more than a
@@ -2880,6 +2880,7 @@ def test_tasks_low_resolution_is_pillows():
         data.shape_pairs("inpainting", 3, 64)[:, :3] // 2 + 64
     )  # so that nothing is clipped between Pillow's two passes
     low = data.to_uint8(data.shrink(data.to_float(image)))
+    assert torch.equal(data.to_float(low), data.shrink(data.to_float(image)))  # the low-resolution image has 8 bits
     up = data.to_uint8(data.enlarge(data.to_float(low)))
     for i in range(3):
         small = Image.fromarray(image[i].permute(1, 2, 0).numpy()).resize((16, 16), Image.BICUBIC)
@@ -2957,6 +2958,10 @@ def test_tasks_edge_counts_by_hand():
     assert counts.tolist() == [[15, 10, 40, 20], [10, 10, 40, 20], [0, 0, 40, 0]]
     precision, recall = 1.0, 20 / 40
     assert math.isclose(float(data.f_score(counts[1])), 2 * precision * recall / (precision + recall), abs_tol=1e-12)
+    marks[1] = False
+    marks[1, 3, 0:8] = True  # the second annotator's: under three of the five, and taken for the other two
+    assert data.edge_counts(p, marks, thresholds, tolerance)[0].tolist() == [15, 10 + 3, 28, 10 + 3]
+    marks[1] = marks[0]
     p[20:25, 10:20] = 0.8  # a band of five rows: its first meets ten marks, its end two more, nearest first; 22 is left
     counts = data.edge_counts(p, marks, thresholds, tolerance)
     assert counts[1].tolist() == [50, 12, 40, 24]
@@ -4146,7 +4151,7 @@ def test_tasks_folder_is_cached_once_trained_on_and_evaluated(few, capsys, monke
     _, _, err = run_main(capsys, "--evaluate", "--task", "edges", "--out", "pngs", status=1)
     assert "was not made here" in err and Image.open(few / "pngs" / "images-a1.png").size == (9, 9)
     (few / "photos" / "test").rename(few / "photos" / "later")
-    for flags in (["--evaluate"], ["--train", "--evaluate", "--data-dir", few / "photos"]):
+    for flags in (["--evaluate"], ["--train", "--evaluate", "--dataset", "folder", "--data-dir", few / "photos"]):
         _, _, err = run_main(capsys, *flags, "--task", "edges", status=2)
         assert "say with --data-dir where test images are" in err  # and never those of training
     (few / "photos" / "later").rename(few / "photos" / "test")
