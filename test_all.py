@@ -4088,6 +4088,16 @@ def test_tasks_predictions_are_functions_of_seed_image_and_member(few, capsys, m
     assert len(noise) == 2 and all(steps == 1 and (x1 == 0).all() for x1, steps in noise)
 
 
+def test_tasks_loss_tells_the_model_its_condition():
+    """A model that reads the answer off its condition has no loss, example by example; told another's it has. Catches a
+    condition that the loss drops.
+    """
+    x0, eps, t = rand(4, 1, 3, 3), randn(4, 1, 3, 3), full(0.4, 4)
+    values = ddm.loss(lambda x, t, told, noise: (-told, noise), x0, -x0, eps, t, condition=(x0, eps))
+    torch.testing.assert_close(values, torch.zeros_like(values))
+    assert (ddm.loss(lambda x, t, told: (-told, eps), x0, -x0, eps, t, condition=(x0.flip(0),)) > 0.01).all()
+
+
 def test_tasks_training_gives_each_example_its_own_condition(few, capsys, monkeypatch):
     """In training a condition and its x0 make up one of the dataset's images, or its mirror image. Catches conditions
     that are shuffled between the batch's examples.
