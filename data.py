@@ -881,13 +881,15 @@ def side_by_side(rows, labels):
     """Rows of Pillow images of any sizes as one, small ones enlarged, with a label above every column."""
     zoom, gap, head = max(1, round(64 / max(max(image.size) for row in rows for image in row))), 2, 14
     across = max(1, round(math.sqrt(len(rows) / len(labels)))) if zoom > 1 else 1       # small rows stand side by side
-    w, h = (gap + zoom * max(image.size[axis] for row in rows for image in row) for axis in (0, 1))
-    columns = across * len(labels)
-    canvas = Image.new("RGB", (gap + columns * w, head + math.ceil(len(rows) / across) * h), "white")
-    for k, (row, column) in enumerate((row, column) for row in range(len(rows)) for column in range(len(labels))):
-        image, x, y = rows[row][column], gap + (row % across * len(labels) + column) * w, head + row // across * h
-        canvas.paste(image.resize((zoom * image.width, zoom * image.height), Image.NEAREST).convert("RGB"), (x, y))
-    for j in range(columns):
+    lines = [[image for row in rows[k:k + across] for image in row] for k in range(0, len(rows), across)]
+    w = gap + zoom * max(image.width for line in lines for image in line)
+    heights = [gap + zoom * max(image.height for image in line) for line in lines]
+    canvas = Image.new("RGB", (gap + across * len(labels) * w, head + sum(heights)), "white")
+    for k, line in enumerate(lines):
+        for j, image in enumerate(line):
+            large = image.resize((zoom * image.width, zoom * image.height), Image.NEAREST)
+            canvas.paste(large.convert("RGB"), (gap + j * w, head + sum(heights[:k])))
+    for j in range(across * len(labels)):
         ImageDraw.Draw(canvas).text((gap + j * w, 1), labels[j % len(labels)], fill="black")
     return canvas
 
