@@ -3096,15 +3096,12 @@ def test_ddm_log_has_its_fields(trained):
     assert min(known) <= line["loss"] <= max(known)
 
 
-@SCRIPTS
-def test_resumed_equals_uninterrupted_bit_for_bit(script, trained, capsys, monkeypatch):
-    """Three steps, then the rest, is the same run as all at once: weights, EMA, optimizer. Catches any state outside
-    of the checkpoint.
+def stopped_and_resumed(flags, directory, capsys, monkeypatch, script=ddm):
+    """Train six steps at once, and again with a SIGTERM after the third; the second run's flags come from its
+    checkpoint. Asserts that both are equal bit for bit.
     """
-    whole = trained.parent / "whole"
-    flags = [*TINY, "--dropout", 0.2, "--iterations", 6]
-    run_main(capsys, "--train", *flags, "--run", whole, status=0, script=script)
-    record = data.Training.record
+    whole, parts, record = directory / "whole", directory / "parts", data.Training.record
+    run_main(capsys, "--train", *flags, "--iterations", 6, "--run", whole, status=0, script=script)
 
     def stop_after_three(self, *a):
         record(self, *a)
@@ -3112,11 +3109,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(script, trained, capsys, monke
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(data.Training, "record", stop_after_three)
-    parts = trained.parent / "parts"
-    _, out, _ = run_main(capsys, "--train", *flags, "--run", parts, status=143, script=script)
+    _, out, _ = run_main(capsys, "--train", *flags, "--iterations", 6, "--run", parts, status=143, script=script)
     assert "stopped by SIGTERM at step 3" in out and weights(parts)["step"] == 3
-    run_main(capsys, "--train", "--run", parts, status=0, script=script)  # the flags come from the checkpoint
+    run_main(capsys, "--train", "--run", parts, status=0, script=script)
     assert same(weights(parts), weights(whole))
+
+
+@SCRIPTS
+def test_resumed_equals_uninterrupted_bit_for_bit(script, trained, capsys, monkeypatch):
+    """Three steps, then the rest, is the same run as all at once: weights, EMA, optimizer. Catches any state outside
+    of the checkpoint.
+    """
+    stopped_and_resumed([*TINY, "--dropout", 0.2], trained.parent, capsys, monkeypatch, script)
 
 
 @SCRIPTS
@@ -4024,20 +4028,8 @@ def test_tasks_resumed_equals_uninterrupted(fuse, few, capsys, monkeypatch):
     """Three steps, then three more, are the run of six bit for bit: patches, holes and noise are functions of the step.
     Catches a generator that goes on by itself.
     """
-    flags = [*TINY, "--image-size", 16, "--task", "inpainting", "--fuse", fuse, "--iterations", 6]
-    run_main(capsys, "--train", *flags, "--run", "whole", status=0)
-    record = data.Training.record
-
-    def stop_after_three(self, *a):
-        record(self, *a)
-        if self.steps == 3 and self.start == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(data.Training, "record", stop_after_three)
-    run_main(capsys, "--train", *flags, "--run", "parts", status=143)
-    assert weights("parts")["step"] == 3
-    run_main(capsys, "--train", "--run", "parts", status=0)
-    assert same(weights("parts"), weights("whole"))
+    flags = [*TINY, "--image-size", 16, "--task", "inpainting", "--fuse", fuse]
+    stopped_and_resumed(flags, few, capsys, monkeypatch)
 
 
 def test_tasks_predictions_are_functions_of_seed_image_and_member(few, capsys, monkeypatch):
