@@ -318,7 +318,7 @@ def draw_batch(images, batch_size, generator):
 
 TARGETS = {"super_resolution": None, "inpainting": None, "saliency": "mask", "edges": "edge"}   # the target's folder
 SCALE = 4           # of super-resolution, each way
-GAIN = 4.0          # what super-resolution's residual is multiplied by: of photos, its root mean square becomes about .5
+GAIN = 4.0          # what super-resolution's residual is multiplied by: photos' root mean square becomes about .5
 
 
 def shrink(image):
@@ -1067,13 +1067,24 @@ def resized(x, size):
     return torch.nn.functional.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
+def test_folder(settings, args):
+    """The folder of test images: `test`, or one whose name ends in -TE, in the data directory; or a --data-dir given
+    for no training, as it is. Raises Problem, so that nobody measures on training images.
+    """
+    folder = pathlib.Path(settings["data_dir"])
+    found = sorted(f for f in folder.glob("*") if re.fullmatch("test|.*-te", f.name, re.I) and f.is_dir())
+    if not found and (args.train or not args.data_dir or folder.resolve() == pathlib.Path(args.trained_on).resolve()):
+        raise Problem(f"{folder} has no folder named test: make one; or say with --data-dir, in a command without "
+                      f"--train, where other images are; or use --input", 2)
+    return (found or [folder])[0]
+
+
 def test_items(settings, args, channels):
     """[(name, read)] of what to answer; read() -> (image [1, C, h, w], target [1, 1, h, w], annotators [A, h, w] bool),
     uint8, the last two or None. They are --input's files; or embedded shapes, of another seed than the training's; or
-    the images of the data directory's folder `test`, or of a --data-dir given now that has none; --n of them, spread.
+    the images of `test_folder`, --n of them, spread evenly.
     """
-    task, folder = settings["task"], pathlib.Path(settings["data_dir"])
-    n = args.n or (None if args.evaluate else 8)
+    task, n = settings["task"], args.n or (None if args.evaluate else 8)
 
     def read(image, target=None):
         image, target, annotators = open_pair(task, image, target, settings["edge_bits"])
@@ -1089,10 +1100,7 @@ def test_items(settings, args, channels):
             image, target = pairs[i:i + 1, :3], pairs[i:i + 1, 3:]
             return image, target if TARGETS[task] else None, target[0] >= 128 if task == "edges" else None
         return [(f"{i:06}", functools.partial(drawn, i)) for i in range(len(pairs))]
-    if (folder / "test").is_dir():
-        folder = folder / "test"
-    elif args.train or not args.data_dir:
-        raise Problem(f"there is no {folder / 'test'}: say with --data-dir where test images are, or use --input", 2)
+    folder = test_folder(settings, args)
     files = partners(folder, task, test=True)
     names = [str(image.relative_to(folder).with_suffix("")).replace(os.sep, "-") for image, _ in files]
     n = min(n or len(files), len(files))
@@ -1107,6 +1115,8 @@ def hole_of(i, name, image, size, seed_, args):
     hole = as_tensor(open_image(args.mask), "L") >= 128
     if hole.shape[-2:] != (h, w):
         raise Problem(f"{args.mask} is {hole.shape[-1]}x{hole.shape[-2]}, and {name} {w}x{h}: give one of its size", 2)
+    if not hole.any():
+        raise Problem(f"{args.mask} has no white in it: white is what is missing", 2)
     return hole.to(image.device)
 
 
@@ -1124,13 +1134,16 @@ def answer(draws, run, settings, args, checkpoint, channels, calls, options, pro
     items, live, frames, rows, scores = test_items(settings, args, channels), Live(), [], [], {}
     least = 2 * SCALE + 1 if task == "super_resolution" and not args.input else 2      # pixels that can be measured
     seed_ = settings["seed"] if args.seed is None else args.seed
-    identity = {"weights": digest(checkpoint["ema"]), "task": task, "seed": seed_, "network calls per image": calls,
-                "ensemble": args.ensemble, **options}
+    identity = {"weights": digest(checkpoint["ema"]), "task": task, "seed": seed_, "network calls per sample": calls,
+                "samples per image": members, **options}
     given = {key: value for key, value in identity.items() if value is not None and value is not False}
     text = ", ".join(f"{key} {flag(value)}" for key, value in given.items())
     folder, picture_ = pathlib.Path(args.out or run), run / ("evaluation.png" if args.evaluate else "samples.png")
     files = [folder / (f"{name}-{task}.png" if args.input else f"{name}.png") for name, _ in items]
     files = files if args.input or args.out else []
+    if args.out and settings["dataset"] == "folder" and folder.resolve().is_relative_to(
+            pathlib.Path(settings["data_dir"]).resolve()):
+        raise Problem(f"{folder} is among the images: choose an --out outside of {settings['data_dir']}", 2)
     if len({*files}) < len(files):
         raise Problem("two of the images have one name, and so would their answers: rename one", 2)
     with explained("use", folder):
@@ -1146,7 +1159,7 @@ def answer(draws, run, settings, args, checkpoint, channels, calls, options, pro
         image, target, annotators = read()
         image = to_float(image).to(processes.device)
         if min(image.shape[-2:]) < least:
-            raise Problem(f"{name} is {image.shape[-1]}x{image.shape[-2]}: too small, by the task's {least} pixels")
+            raise Problem(f"{name} is {image.shape[-1]}x{image.shape[-2]}, too small: the task needs {least}x{least}")
         if task == "super_resolution" and not args.input:
             image = image[..., :image.shape[-2] // SCALE * SCALE, :image.shape[-1] // SCALE * SCALE]
         hole = hole_of(i, name, image, size, seed_, args) if task == "inpainting" else None
@@ -1179,8 +1192,9 @@ def answer(draws, run, settings, args, checkpoint, channels, calls, options, pro
             shown = image if task == "saliency" else condition[:, :channels]
             rows.append([pil(x[0]) for x in (to_uint8(shown).cpu(), pixels[own], truth)])
         so_far = f"   {own}: {summary(scores[own])}" if scores else ""
-        live(f"{i + 1} of {len(items)} images{so_far}", last=i + 1 == len(items))
-    wrote = f"{len(items)} PNGs into {folder}"
+        left = datetime.timedelta(seconds=round((time.monotonic() - began) / (i + 1) * (len(items) - i - 1)))
+        live(f"{i + 1} of {len(items)} images{so_far}   {left} left", last=i + 1 == len(items))
+    wrote = ", ".join(map(str, files)) if len(files) < 4 else f"{len(items)} PNGs into {folder}"
     if rows:
         save_png(side_by_side(rows, ("input", "prediction", "truth")), picture_, sample=text)
         wrote = str(picture_)
@@ -1272,47 +1286,71 @@ def parser(script, doc, defaults, paper, steps="10"):
 def task_flags(p, encoders):
     """Add the flags of image-conditioned tasks to an argparse parser."""
     add = p.add_argument_group("image-conditioned tasks").add_argument
-    add("--task", choices=TARGETS, help="learn x₀ given an image: super-resolution (×4), inpainting, saliency or edges")
-    add("--evaluate", action="store_true", help="print the task's metric over test images, and draw a few")
-    add("--input", nargs="+", metavar="FILE", help="with --sample: images of any size to answer, a PNG each")
-    add("--mask", metavar="FILE", help="inpainting's, of one --input: white where pixels are missing (default: drawn)")
+    add("--task", choices=TARGETS, type=lambda name: name.replace("-", "_"),
+        help="learn x₀ given an image: ×4 super_resolution, inpainting, saliency or edges")
+    add("--evaluate", action="store_true", help="print the task's metric over all test images, or --n, and draw eight")
+    add("--input", nargs="+", metavar="FILE",
+        help="with --sample: images of any size to answer, a PNG each; super-resolution's come back 4 times as large")
+    add("--mask", metavar="FILE", help="of inpainting's --input, of its size: white is missing (default: drawn)")
     add("--ensemble", type=number(int, 1), metavar="K", help="answer with the mean of K samples (default: 1)")
     add("--against", nargs="+", metavar="DIR", help="with --evaluate: other runs of the task, on the same images")
     add("--window", type=number(int, 8), metavar="PIXELS", help="of larger images (default: the training patch)")
     add("--overlap", type=number(int, 1), metavar="PIXELS", help="of neighbouring windows (default: a quarter of one)")
-    add("--encoder", choices=encoders, help="of the condition: compact (default), or the paper's Swin-B")
+    add("--encoder", choices=encoders, help="of the condition: compact, or the paper's Swin-B (with --preset paper)")
     add("--fuse", choices=("concat", "attention"), help="how its features enter the decoders (default: concat)")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="Swin-B's ImageNet weights (default: downloaded)")
     add("--edge-bits", action=argparse.BooleanOptionalAction, help="bit k of an edge PNG is annotator k's")
     add("--regression", action=argparse.BooleanOptionalAction, help="a baseline: the same network, one guess, no noise")
 
 
+def task_table(tasks):
+    """What tasks change, as text for --help. tasks: as `open_run` takes them."""
+    rows = []
+    for task, changes in tasks.items():
+        for name in ("shapes", "folder", "paper") if task else ():
+            values = {**changes["all"], **changes[name]}
+            rows.append(f"  {task}, {name}: " + ", ".join(f"{k.replace('_', '-')} {flag(values[k])}" for k in (
+                "image_size", "width", "mult", "batch_size", "iterations", "lr", "encoder") if k in values))
+    return ("\n\nwith a task --image-size is a patch's (saliency: what whole images are resized to), --n is by default all "
+            "test\nimages, or 200 shapes, and 8 for --sample, --out gets a PNG of every answer, and these change:\n\n"
+            + "\n".join(rows))
+
+
 def check_task(settings, args):
-    """Raise a Problem for flags that have no meaning for this task, or without one."""
-    task, sampling = settings["task"], args.sample or args.evaluate
-    has_meaning = {
-        "evaluate": True, "encoder": True, "fuse": True, "regression": True,
-        "pretrained": settings["encoder"] == "swin_b",
-        "edge_bits": task == "edges" and settings["dataset"] == "folder",
-        "ensemble": sampling and not settings["regression"], "window": sampling, "overlap": sampling,
-        "input": args.sample and not args.evaluate, "against": args.evaluate,
-        "mask": task == "inpainting" and args.input and len(args.input) == 1}
-    for name, meaning in has_meaning.items():
+    """Raise a Problem for flags that have no meaning for this task, or without one; before anything is trained."""
+    task, regression = settings["task"], settings["regression"]
+    sampling, patches = args.sample or args.evaluate, task != "saliency"
+    rules = {           # flag: whether it has a meaning with a task, and what it goes with
+        "evaluate": (True, ""), "encoder": (True, ""), "fuse": (True, ""), "regression": (True, ""),
+        "pretrained": (settings["encoder"] == "swin_b", "it goes with --encoder swin_b"),
+        "edge_bits": (task == "edges" and settings["dataset"] == "folder", "it goes with --task edges and a folder"),
+        "ensemble": (sampling and not regression, "it goes with --sample or --evaluate, and not with a regression"),
+        "window": (sampling and patches, "it goes with --sample or --evaluate; saliency resizes the whole image"),
+        "overlap": (sampling and patches, "it goes with --sample or --evaluate; saliency resizes the whole image"),
+        "input": (args.sample and not args.evaluate, "it goes with --sample alone"),
+        "against": (args.evaluate, "it goes with --evaluate"),
+        "mask": (task == "inpainting" and len(args.input or ()) == 1, "it goes with --task inpainting and one --input")}
+    if task != "none":
+        rules |= {"n": (not args.input, "--input says which images"), "steps": (not regression, "a regression has one"),
+                  "clip": (task != "super_resolution", "super-resolution diffuses a residual, beyond [-1, 1]")}
+    for name, (meaning, reason) in rules.items():
         if getattr(args, name) not in (None, False) and not (meaning and task != "none"):
-            where = f"here, with --task {task}" if task != "none" else "without --task"
+            where = f"here: {reason}" if task != "none" else "without --task"
             raise Problem(f"--{name.replace('_', '-')} has no meaning {where}", 2)
     if task == "super_resolution" and settings["image_size"] % SCALE:
         raise Problem(f"super-resolution by {SCALE} needs an --image-size that {SCALE} divides", 2)
-    if task == "super_resolution" and (args.clip or settings["h"] == "sine"):
-        raise Problem("super-resolution diffuses a residual that [-1, 1] does not hold: drop --clip, or --h sine", 2)
+    if task == "super_resolution" and settings["h"] == "sine":
+        raise Problem("super-resolution diffuses a residual that is larger than the sine can reach: use another --h", 2)
     window = args.window or settings["image_size"]
     if (args.overlap or 0) >= window:
         raise Problem(f"--overlap {args.overlap} must be less than the window, {window}", 2)
-    for name, meaning in (("n", not args.input), ("steps", not settings["regression"])):
-        if task != "none" and getattr(args, name) and not meaning:
-            raise Problem(f"--{name} has no meaning with --{'input' if name == 'n' else 'regression'}", 2)
-    if settings["regression"] and (settings["predict"] != "both" or not settings["precondition"]):
+    if regression and (settings["predict"] != "both" or not settings["precondition"]):
         raise Problem("--regression is for the default outputs: drop --predict or --no-precondition", 2)
+    for file in args.input or ():
+        if not pathlib.Path(file).is_file():
+            raise Problem(f"--input {file}: there is no such file", 2)
+    if task != "none" and sampling and settings["dataset"] == "folder" and not args.input:
+        test_folder(settings, args)
 
 
 def open_run(script, args, defaults, paper, network_keys, tasks=None):
@@ -1325,7 +1363,8 @@ def open_run(script, args, defaults, paper, network_keys, tasks=None):
     """
     asked = getattr(args, "task", None)
     if not (args.train or args.sample or getattr(args, "evaluate", False)):
-        raise Problem("say --train, --sample, or both (--help shows the rest)", 2)
+        others = ", --evaluate" if asked else ""
+        raise Problem(f"say --train, --sample{others}, or both (--help shows the rest)", 2)
     suffix = f"-{asked}" if asked else ""
     run = pathlib.Path(args.run or f"runs/{script}-{args.dataset or 'shapes'}{suffix}")
     if not (args.run or args.train or args.dataset):

@@ -164,7 +164,7 @@ def diffuse(x0, phi, eps, t, h="constant", noise="sqrt"):
 # ---------------------------------------------------------------------------------------------------------- 3 loss
 
 def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constant", noise="sqrt", bf16=False):
-    """The one place where the network's outputs get their meaning: returns model(x_t, t) -> (φ̂, ε̂).
+    """The one place where the network's outputs get their meaning: returns model(x_t, t, *condition) -> (φ̂, ε̂).
 
     net(x, t, *condition) -> a tuple of raw outputs, two or one. With `precondition` (constant h only) a raw output
     is, in units of its standard deviation, the error of the mean that Gaussian data of variance sigma_data² would
@@ -316,10 +316,9 @@ def sample(net, x1, steps, solver="ddm", grid="quadratic", clip=False, generator
         phi, eps = net(x, t_)                                                                           # Alg. 2, line 3
         if heads == "project":
             phi, eps = project(x, phi, eps, t_, noise)
-        x0 = image_of(phi, h)
         if clip:
             phi = clipped(phi, h)
-            x0 = image_of(phi, h)
+        x0 = image_of(phi, h)
         if watch:
             watch(t, x, x0)
         if solver == "ddm":
@@ -361,7 +360,7 @@ def train(run, settings, checkpoint, args, processes):
             x0 = x0 * scale_of(settings)
             t = settings["delta"] + (1 - settings["delta"]) * torch.rand(batch, generator=draw, device=device)
             eps = torch.randn(x0.shape, generator=draw, device=device)
-            if settings["regression"]:                      # no diffusion: one guess, from the condition alone
+            if settings["regression"]:      # x_t = 0: one guess, from the condition alone, and the loss |x̂₀ - x₀|²
                 t, eps = torch.ones_like(t), torch.zeros_like(eps)
             phi = draw_phi(x0, settings["h"], draw)                                                     # Alg. 1, line 3
 
@@ -413,7 +412,7 @@ def solver_of(settings, args):
 
 def trained(run, settings, checkpoint, args, processes):
     """What a run samples with: its averaged network, that network's predictor, the steps and `sample`'s options."""
-    net = unet.create(network_of(settings, channels_of(settings, checkpoint)), processes.device)[1]
+    net = unet.create(network_of(settings, image_channels(settings, checkpoint)), processes.device)[1]
     data.restore(run, checkpoint, ema=net)
     solver = solver_of(settings, args)
     heads = heads_for(solver, args.heads, settings["h"])
@@ -424,7 +423,7 @@ def trained(run, settings, checkpoint, args, processes):
     return net, predictor_of(net, settings, args, processes), steps, options
 
 
-def channels_of(settings, checkpoint):
+def image_channels(settings, checkpoint):
     """How many channels the images of a run have; those of a task are its network's condition."""
     network = checkpoint["network"]
     return network.get("channels", 3) if settings["task"] == "none" else (
@@ -435,7 +434,7 @@ def write_samples(run, settings, checkpoint, args, processes):
     """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
     net, model, steps, options = trained(run, settings, checkpoint, args, processes)
     args.n = args.n or 64
-    x = unet.batch_like(args.n, network_of(settings, channels_of(settings, checkpoint)), processes.device)
+    x = unet.batch_like(args.n, network_of(settings, image_channels(settings, checkpoint)), processes.device)
     model = unet.fast(model, x, x.new_ones(len(x)))
 
     def draw(x1, generators, watch):
@@ -450,7 +449,7 @@ def painter(run, settings, checkpoint, args, processes):
     net, model, steps, options = trained(run, settings, checkpoint, args, processes)
     bf16, size = unet.use_bf16(args.precision, processes.device), args.window or settings["image_size"]
     stride, batch = 2 ** (len(settings["mult"]) - 1), max(1, 16 * 64 ** 2 // size ** 2)
-    channels = network_of(settings, channels_of(settings, checkpoint))["channels"]
+    channels = network_of(settings, image_channels(settings, checkpoint))["channels"]
 
     def encode(condition):
         with torch.no_grad(), torch.autocast(condition.device.type, torch.bfloat16, enabled=bf16):
@@ -476,6 +475,7 @@ def answer(run, settings, checkpoint, args, processes):
     """--sample and --evaluate of a task: what data.answer makes of this run's samples, and of those of --against."""
     draw, steps, options = painter(run, settings, checkpoint, args, processes)
     calls = f"{options['solver']}, {steps} call{'s' * (steps > 1)}"
+    calls += f" × {args.ensemble} samples" if args.ensemble else ""
     draws = {"regression" if settings["regression"] else calls: draw}
     for other in args.against or ():
         saved = data.load_checkpoint(f"{other}/checkpoint.pt")
@@ -485,7 +485,7 @@ def answer(run, settings, checkpoint, args, processes):
             raise data.Problem(f"{other} is no run of --task {settings['task']} at the same image size and channels", 2)
         with data.bad_arguments():
             draws[other] = painter(other, theirs, saved, args, processes)[0]
-    data.answer(draws, run, settings, args, checkpoint, channels_of(settings, checkpoint), steps, options, processes)
+    data.answer(draws, run, settings, args, checkpoint, image_channels(settings, checkpoint), steps, options, processes)
 
 
 # -------------------------------------------------------------------------------------------------- 6 command line
@@ -500,18 +500,23 @@ PAPER = {"cifar10": {**TABLE_I, "width": 160, "batch_size": 128, "iterations": 8
          "celebahq": {**TABLE_I, "width": 128, "batch_size": 48, "iterations": 400_000}}
 NETWORK = ("width", "mult", "blocks", "attention", "dropout", "second")
 
-# What a task changes: of all defaults, of those of the shapes and of a folder, and ADM's Table I.
+# TASKS[task]: what a task changes for every dataset ("all"), for the shapes, for a folder, and by --preset paper, where
+# it is ADM's Table I.
+DEMO = dict(image_size=32, width=24, iterations=700, batch_size=16)
 PATCHES = dict(image_size=128, width=64, mult=(1, 2, 4, 4), blocks=2, attention=(16,), dropout=0.0, batch_size=32,
                iterations=100_000, lr=1e-4, ema=0.9999)
-DEMO = dict(image_size=32, width=24, iterations=700, batch_size=16)
 SWIN = {**TABLE_I, "encoder": "swin_b", "width": 128, "mult": (1, 2, 4, 4), "blocks": 2, "batch_size": 16, "lr": 5e-5,
         "iterations": 200_000, "delta": 1e-4}
-FACES = {"width": 96, "mult": (1, 2, 4, 8), "batch_size": 48, "lr": 4e-5, "iterations": 400_000}
-TASKS = {None: NO_TASK, **{task: {
-    "all": dict(sigma_data=sigma_data), "shapes": DEMO, "folder": {**PATCHES, "image_size": ours},
-    "paper": {**SWIN, "image_size": theirs, **more}} for task, sigma_data, ours, theirs, more in (
-        ("super_resolution", 0.5, 128, 512, {"batch_size": 12}), ("inpainting", 0.5, 128, 256, FACES),
-        ("saliency", 1.0, 192, 384, {}), ("edges", 1.0, 128, 320, {}))}}
+TASKS = {
+    None: NO_TASK,
+    "super_resolution": {"all": {"sigma_data": 0.5}, "shapes": DEMO, "folder": PATCHES,
+                         "paper": {**SWIN, "image_size": 512, "batch_size": 12}},
+    "inpainting": {"all": {"sigma_data": 0.5}, "shapes": DEMO, "folder": PATCHES,
+                   "paper": {**SWIN, "image_size": 256, "width": 96, "mult": (1, 2, 4, 8), "batch_size": 48, "lr": 4e-5,
+                             "iterations": 400_000}},
+    "saliency": {"all": {"sigma_data": 1.0}, "shapes": DEMO, "folder": {**PATCHES, "image_size": 192},
+                 "paper": {**SWIN, "image_size": 384}},
+    "edges": {"all": {"sigma_data": 1.0}, "shapes": DEMO, "folder": PATCHES, "paper": {**SWIN, "image_size": 320}}}
 
 
 def arguments(argv=None):
@@ -535,6 +540,7 @@ def arguments(argv=None):
     add("--clip", action="store_true", help="keep every estimate x̂₀ in [-1, 1]")
     add("--final-at-delta", action="store_true", help="put the last network call at delta, as the paper")
     data.task_flags(parser, unet.ENCODERS)
+    parser.epilog += data.task_table(TASKS)
     return parser.parse_args(argv)
 
 
@@ -546,6 +552,7 @@ def main(argv=None):
     with data.bad_arguments():                              # what can't go together is said before anything is started
         predictor(None, settings["predict"], settings["precondition"], h=settings["h"])
         heads_for(solver_of(settings, args), args.heads, settings["h"])
+        args.trained_on = (checkpoint["method"] if checkpoint else settings)["data_dir"]
         data.check_task(settings, args)
         with torch.device("meta"):
             unet.UNet(**network_of(settings, 3))
@@ -554,7 +561,10 @@ def main(argv=None):
         train(run, settings, checkpoint, args, processes)
     if args.sample or args.evaluate:
         checkpoint = data.load_checkpoint(run / "checkpoint.pt")
-        (write_samples if settings["task"] == "none" else answer)(run, settings, checkpoint, args, processes)
+        if settings["task"] == "none":
+            write_samples(run, settings, checkpoint, args, processes)
+        for evaluate in [True] * args.evaluate + [False] * args.sample if settings["task"] != "none" else []:
+            answer(run, settings, checkpoint, argparse.Namespace(**{**vars(args), "evaluate": evaluate}), processes)
 
 
 if __name__ == "__main__":

@@ -2843,6 +2843,9 @@ def test_tasks_folders_are_paired_and_the_test_folder_is_left_out(tmp_path):
         "duts/DUTS-TR/DUTS-TR-Mask/a0.png",
     ]
     assert len(data.partners(tmp_path / "duts" / "DUTS-TE", "saliency", test=True)) == 2
+    args = types.SimpleNamespace(train=False, data_dir=None, trained_on="b")
+    assert data.test_folder({"data_dir": tmp_path / "duts"}, args) == tmp_path / "duts" / "DUTS-TE"
+    assert data.test_folder({"data_dir": tmp_path / "b"}, args) == tmp_path / "b" / "test"
     (tmp_path / "b" / "val" / "edges" / "a1.png").unlink()
     with pytest.raises(data.Problem, match=r"val/images/a1.png has no partner named a1 in a folder of edges"):
         data.partners(tmp_path / "b", "edges")
@@ -4010,9 +4013,12 @@ def test_tasks_train_sample_and_evaluate(task, few, capsys):
     assert (
         (run / "samples.png").exists() and (run / "trajectory.png").exists() and "samples.png" in out.splitlines()[-1]
     )
-    _, out, _ = run_main(capsys, "--evaluate", "--task", task, "--n", 3, "--steps", 2, "--ensemble", 2, status=0)
+    _, out, _ = run_main(
+        capsys, "--evaluate", "--sample", "--task", task, "--n", 3, "--steps", 2, "--ensemble", 2, status=0
+    )
+    assert "evaluation.png" in out and "trajectory.png" in out
     floor = {"super_resolution": "bicubic", "inpainting": "mean fill", "saliency": "empty mask", "edges": "gradient"}
-    assert floor[task] in out and "ode2, 2 calls" in out and (run / "evaluation.png").exists()
+    assert floor[task] in out and "ode2, 2 calls × 2 samples" in out and (run / "evaluation.png").exists()
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (21, 35, 3), np.uint8)).save("own.png")
     Image.fromarray(rng.integers(0, 256, (9, 50), np.uint8)).save("grey.jpg")
@@ -4039,7 +4045,7 @@ def test_tasks_predictions_are_functions_of_seed_image_and_member(few, capsys, m
     """
     size, noises, shown = 16, [], []
     settings, args = settings_for("saliency"), types.SimpleNamespace(
-        input=None, mask=None, n=3, evaluate=True, seed=None, ensemble=None, out=None, data_dir=None
+        input=None, mask=None, n=3, evaluate=True, seed=None, ensemble=None, out=None, data_dir=None, train=False
     )
 
     def draw(condition, generators, watch):
@@ -4169,7 +4175,7 @@ def test_tasks_folder_is_cached_once_trained_on_and_evaluated(few, capsys, monke
     (few / "photos" / "test").rename(few / "photos" / "later")
     for flags in (["--evaluate"], ["--train", "--evaluate", "--dataset", "folder", "--data-dir", few / "photos"]):
         _, _, err = run_main(capsys, *flags, "--task", "edges", status=2)
-        assert "say with --data-dir where test images are" in err  # and never those of training
+        assert "has no folder named test" in err  # and never those of training
     (few / "photos" / "later").rename(few / "photos" / "test")
     truth = few / "photos" / "test" / "edges" / "a0.png"
     truth.unlink()
@@ -4201,7 +4207,7 @@ def test_tasks_evaluate_odd_sizes(task, targets, size, few, capsys):
         1,
     ]
     run_main(capsys, "--train", *flags, "--iterations", 1, status=0)
-    more = ["--task", task, "--data-dir", few / "d", "--steps", 1]
+    more = ["--task", task, "--data-dir", pair_folder(few / "e", n=1, targets=targets), "--steps", 1]
     _, out, _ = run_main(capsys, "--evaluate", *more, "--out", "pngs", status=0)
     assert "1 of 1 images" in out and [Image.open(f).size for f in (few / "pngs").iterdir()] == [size]
 
@@ -4232,12 +4238,18 @@ def test_tasks_wrong_flags_are_sentences(few, capsys):
         (["--train", "--regression"], "--regression has no meaning without --task"),
         (["--train", "--encoder", "swin_b"], "--encoder has no meaning without --task"),
         (["--train", "--task", "edges", "--dataset", "cifar10"], "needs targets, which cifar10 has not"),
-        (["--train", "--task", "saliency", "--edge-bits"], "--edge-bits has no meaning here"),
-        (["--train", "--task", "edges", "--against", "x"], "--against has no meaning here"),
+        (
+            ["--train", "--task", "saliency", "--edge-bits"],
+            "--edge-bits has no meaning here: it goes with --task edges",
+        ),
+        (["--train", "--task", "edges", "--against", "x"], "--against has no meaning here: it goes with --evaluate"),
         (["--train", "--task", "edges", "--no-precondition", "--regression"], "--regression is for"),
         (["--train", "--task", "edges", "--fuse", "sum"], "invalid choice"),
         (["--train", "--task", "super_resolution", "--image-size", 18], "an --image-size that 4 divides"),
-        (["--train", "--task", "super_resolution", "--h", "sine", "--no-precondition"], "drop --clip, or --h sine"),
+        (
+            ["--train", "--task", "super_resolution", "--h", "sine", "--no-precondition"],
+            "larger than the sine can reach",
+        ),
     ]:
         _, _, err = run_main(capsys, *flags, "--device", "cpu", "--iterations", 1, status=2)
         assert words in err, err
@@ -4247,12 +4259,16 @@ def test_tasks_wrong_flags_are_sentences(few, capsys):
     run_main(capsys, "--train", *flags, status=0)
     for flags, words in [
         (["--sample", "--task", "saliency"], "no run of ddm.py --task saliency"),
-        (["--sample", "--task", "inpainting", "--mask", "m.png"], "--mask has no meaning here"),
+        (["--sample", "--task", "inpainting", "--mask", "m.png"], "--mask has no meaning here: it goes with"),
         (["--sample", "--task", "inpainting", "--input", "a.png", "--mask", "m.png"], "m.png is 9x9, and a 20x20"),
-        (["--sample", "--task", "inpainting", "--input", "none.png"], "none.png is not a readable image"),
-        (["--sample", "--task", "inpainting", "--input", "a.png", "b/a.png"], "two of the images have one name"),
-        (["--sample", "--task", "inpainting", "--input", "dot.png"], "dot is 1x1: too small"),
-        (["--sample", "--task", "inpainting", "--input", "a.png", "--n", 3], "--n has no meaning with --input"),
+        (["--sample", "--task", "inpainting", "--input", "a.png", "--mask", "a.png"], "a.png has no white in it"),
+        (["--sample", "--task", "inpainting", "--input", "none.png"], "--input none.png: there is no such file"),
+        (["--sample", "--task", "inpainting", "--input", "a.png", "./a.png"], "two of the images have one name"),
+        (["--sample", "--task", "inpainting", "--input", "dot.png"], "dot is 1x1, too small: the task needs 2x2"),
+        (
+            ["--sample", "--task", "inpainting", "--input", "a.png", "--n", 3],
+            "--n has no meaning here: --input says which",
+        ),
         (["--evaluate", "--dataset", "shapes"], "--evaluate has no meaning without --task"),
         (["--evaluate", "--task", "inpainting", "--overlap", 16], "--overlap 16 must be less than the window, 16"),
         (

@@ -411,7 +411,7 @@ def windowed(model, encode, size, overlap, batch):
     model(x, t, features) -> a tuple; encode(condition) -> features, a tuple; H and W as `padded` makes them. Every
     network call of a sampler goes through all windows, `batch` at a time, and averages their outputs with weights that
     fall towards a window's border: a linear blend, so heads that add up to x_t go on doing so. The windows' features
-    are computed once for all calls and kept: the memory is theirs and a batch's work, not the whole image's work.
+    are computed once for all calls and kept: the memory is theirs, which grows with the image, and one batch's work.
     """
     graphs = {}
 
