@@ -561,9 +561,10 @@ def main(argv=None):
         train(run, settings, checkpoint, args, processes)
     if args.sample or args.evaluate:
         checkpoint = data.load_checkpoint(run / "checkpoint.pt")
-        if settings["task"] == "none":
-            write_samples(run, settings, checkpoint, args, processes)
-        for evaluate in [True] * args.evaluate + [False] * args.sample if settings["task"] != "none" else []:
+    if args.sample and settings["task"] == "none":
+        write_samples(run, settings, checkpoint, args, processes)
+    elif settings["task"] != "none":
+        for evaluate in [True] * args.evaluate + [False] * args.sample:
             answer(run, settings, checkpoint, argparse.Namespace(**{**vars(args), "evaluate": evaluate}), processes)
 
 
