@@ -745,8 +745,8 @@ def test_blurring_without_blur_is_denoising_diffusion():
 
 
 def test_blurring_ihdm_posterior_is_finite_where_everything_underflows():
-    """IHDM at its last levels in float32: d is 0, α_t|s = d_t/d_s known all the same (Eq. 17), the mean is not diffused
-    at all. Catches 0/0 and 0 · ∞.
+    """IHDM at its last levels in float32: d is 0, α_t|s = d_t/d_s known all the same (Eq. 17), the mean is not
+    diffused at all. Catches 0/0 and 0 · ∞.
     """
     ut, ux = torch.randn(200, 1, 32, 32), torch.randn(200, 1, 32, 32)
     t = torch.arange(1, 201) / 200
@@ -1170,8 +1170,8 @@ def arc(n=7, seed=0):
 
 
 def test_angular_velocity_is_the_derivative():
-    """dx/dη by central differences (Eq. 10, in η), at the ends too, where it is ε and -x0 and d/dᾱ is infinite. Catches
-    a sign, and a factor η' = π/2T.
+    """dx/dη by central differences (Eq. 10, in η), at the ends too, where it is ε and -x0 and d/dᾱ is infinite.
+    Catches a sign, and a factor η' = π/2T.
     """
     x0, eps, eta = arc()
     eta[0], eta[1], d = 0, HALF_PI, 1e-5
@@ -1427,9 +1427,9 @@ def mixture(weights=WEIGHTS, means=MEANS, stds=STDS, calls=None):
     "solver,order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4), ("ddim", 1), ("ddim2", 2)]
 )
 def test_angular_solvers_have_their_order(solver, order):
-    """The ODE keeps quantiles, so its exact end is known: errors at 200 and 400 steps, on a smooth mixture, through the
-    public sampler. (ddim2's is h² log 1/h, as cot η is singular at the end.) Catches a stage at the wrong angle, which
-    would still look right at 10 steps.
+    """The ODE keeps quantiles, so its exact end is known: errors at 200 and 400 steps, on a smooth mixture, through
+    the public sampler. (ddim2's is h² log 1/h, as cot η is singular at the end.) Catches a stage at the wrong angle,
+    which would still look right at 10 steps.
     """
     x1, exact = quantiles(100)
     error = [(angular.sample(mixture(), x1, n, solver) - exact).pow(2).mean().sqrt().item() for n in (200, 400)]
@@ -1541,8 +1541,8 @@ def test_angular_steps_make_the_calls_that_are_printed(solver):
 
 
 def test_angular_ancestral_sampling_draws_the_mixture():
-    """DDPM's sampler with exact means and 200 steps has the mixture's mean and spread, and its last step adds no noise.
-    Catches a variance that is β instead of the posterior's.
+    """DDPM's sampler with exact means and 200 steps has the mixture's mean and spread, and its last step adds no
+    noise. Catches a variance that is β instead of the posterior's.
     """
     mean = (WEIGHTS * MEANS).sum()
     spread = math.sqrt((WEIGHTS * (STDS**2 + MEANS**2)).sum() - mean**2)
@@ -1648,8 +1648,8 @@ def test_pixel_aware_snr_and_its_slope():
 
 
 def test_pixel_aware_proposition_1_holds_until_t_delta_and_reverses():
-    """Until t_δ the brighter pixel loses SNR faster, from then on the darker; t_δ lies between y*/(γ x_k) and
-    y*/(γ x_j), y* = 2.5757, and is y*/γ between two nearly white ones. Catches a t_δ taken from the proof, which gives none.
+    """Until t_δ the brighter pixel loses SNR faster, from then on the darker; t_δ lies between y*/(γ x_k) and y*/(γ
+    x_j), y* = 2.5757, and is y*/γ between two nearly white ones. Catches a t_δ taken from the proof, which gives none.
     """
     dark, bright = (
         torch.tensor(v, dtype=torch.float64) for v in ([0.05, 0.1, 0.1, 0.5, 0.9], [0.1, 0.5, 1.0, 1.0, 1.0])
@@ -1672,8 +1672,8 @@ def test_pixel_aware_proposition_1_holds_until_t_delta_and_reverses():
 
 
 def test_pixel_aware_proposition_2_needs_more_than_its_condition():
-    """With γ x₀ = 20 and DDPM's β = 5 t the condition γ x₀ > a t holds for all t, and yet from t = .28 on the mean falls
-    more slowly than DDPM's: it is already near 0. And dark pixels end farther from N(0, 1) than DDPM's.
+    """With γ x₀ = 20 and DDPM's β = 5 t the condition γ x₀ > a t holds for all t, and yet from t = .28 on the mean
+    falls more slowly than DDPM's: it is already near 0. And dark pixels end farther from N(0, 1) than DDPM's.
     """
     t, x0, gamma, a = np.linspace(1e-4, 1, 20001), 1.0, 20.0, 5.0
     ours = np.gradient(pixel_aware.moments(torch.tensor(x0), torch.tensor(t), gamma)[0].numpy(), t)
@@ -1726,8 +1726,8 @@ def rows_of(monkeypatch, draw, n):
 
 
 def test_pixel_aware_noises_have_the_right_correlations(monkeypatch):
-    """corr(ε̃_i, ε̃_j) = √(u_i/u_j), i < j, for all steps, for any few of them, and between ε̃_i and the heads' as training
-    draws them, an i among the heads included. Catches a lost order, and a second draw for the same step.
+    """corr(ε̃_i, ε̃_j) = √(u_i/u_j), i < j, for all steps, for any few of them, and between ε̃_i and the heads' as
+    training draws them, an i among the heads included. Catches a lost order, and a second draw for the same step.
     """
     T, gamma, v = 12, 20.0, 0.3
     u = torch.expm1(gamma * v / T * torch.arange(1, T + 1, dtype=torch.float64))
@@ -1761,8 +1761,8 @@ def test_pixel_aware_expected_noise_is_gaussian_conditioning(monkeypatch):
 
 @pytest.mark.parametrize("i,s", [(9, 8), (9, 4), (5, 1), (2, 1), (1, 0), (9, 0)])
 def test_pixel_aware_posterior_is_gaussian_conditioning(i, s):
-    """q(x_s | x_i, x₀) by conditioning the joint law of (x_s, x_i), for a step and for jumps; no variance and x₀ itself
-    at s = 0. Catches a β̃ that is not 0 at the last step.
+    """q(x_s | x_i, x₀) by conditioning the joint law of (x_s, x_i), for a step and for jumps; no variance and x₀
+    itself at s = 0. Catches a β̃ that is not 0 at the last step.
     """
     x0, gamma, T = pixels(2, 1, 3, 3), 12.0, 9
     scale, xi = pixel_aware.x_delta(x0, gamma), randn(2, 1, 3, 3)
@@ -1777,8 +1777,8 @@ def test_pixel_aware_posterior_is_gaussian_conditioning(i, s):
 
 
 def test_pixel_aware_jumps_are_composed_steps():
-    """One jump from i to s has the law of the i - s single steps: means and variances chained. Catches a jump that fits
-    itself alone.
+    """One jump from i to s has the law of the i - s single steps: means and variances chained. Catches a jump that
+    fits itself alone.
     """
     x0, gamma, T, i, s = pixels(2, 1, 3, 3), 12.0, 9, 8, 3
     scale, xi = pixel_aware.x_delta(x0, gamma), randn(2, 1, 3, 3)
@@ -1853,9 +1853,9 @@ def test_pixel_aware_mask_keeps_the_heads_up_to_i(predict, grid):
 @pytest.mark.parametrize("vae", ["conditional", "denoising"])
 @pytest.mark.parametrize("scale", ["delta", "image"])
 def test_pixel_aware_networks_see_what_they_should(vae, scale):
-    """The VAE's output depends on x_i, on t and on the code's noise, the heads' on x_i, on t and on x̂_δ, dark or bright;
-    the heads' loss sends the VAE no gradient and all else some. Catches a condition that is fused nowhere, and a level
-    that is forgotten.
+    """The VAE's output depends on x_i, on t and on the code's noise, the heads' on x_i, on t and on x̂_δ, dark or
+    bright; the heads' loss sends the VAE no gradient and all else some. Catches a condition that is fused nowhere, and
+    a level that is forgotten.
     """
     net = tiny_model(vae=vae, scale=scale)
     xi, t, z, heads = rand(2, 3, 8, 8).float(), torch.tensor([0.5, 1.0]), randn(2, 32).float(), torch.arange(1, 7)
@@ -1909,8 +1909,8 @@ def test_pixel_aware_kl_is_that_of_two_gaussians(monkeypatch):
 
 
 def test_pixel_aware_scale_stays_in_its_range():
-    """x̂_δ is clamped to [e^-γ, e^{-γ low}] whatever the VAE says, and with it a whole reverse path is finite in float32 at
-    γ = 50. Catches x̂_δ = 1, where the schedule is 0/0, and x̂_δ <= 0, where it is not a number.
+    """x̂_δ is clamped to [e^-γ, e^{-γ low}] whatever the VAE says, and with it a whole reverse path is finite in
+    float32 at γ = 50. Catches x̂_δ = 1, where the schedule is 0/0, and x̂_δ <= 0, where it is not a number.
     """
     raw = torch.tensor([-1e9, -1.0, 0.0, 1e-30, 0.004, 0.5, 1.0, 2.0, 1e9]).view(1, 1, 3, 3)
     for kind in ("delta", "image"):
@@ -1964,8 +1964,8 @@ def test_pixel_aware_heads_that_name_the_image_reverse_to_it():
 
 
 def test_pixel_aware_head_weights_average_over_what_is_active():
-    """The mean over the batch of the weighted sums is the mean over examples of each one's mean over its heads j <= i, or
-    the mean over heads of each one's mean over the examples that have it; heads that none has count for nothing.
+    """The mean over the batch of the weighted sums is the mean over examples of each one's mean over its heads j <= i,
+    or the mean over heads of each one's mean over the examples that have it; heads that none has count for nothing.
     Catches a mean over all, which starves the last heads.
     """
     i, heads, errors = torch.tensor([3, 9, 1, 6]), torch.tensor([1, 3, 7, 10]), rand(4, 4, low=0, high=1)
@@ -1995,8 +1995,8 @@ def test_pixel_aware_training_always_has_the_first_head():
 @pytest.mark.parametrize("predict", ["eps", "x0"])
 @pytest.mark.parametrize("scale", ["delta", "image"])
 def test_pixel_aware_loss_is_zero_for_the_truth_and_never_mixes_examples(predict, scale):
-    """A model that names the truth has loss 0, and what one example's model says wrong costs that example alone; the KL
-    counts by its weight over the pixels. Catches a wrong target for any of the four combinations.
+    """A model that names the truth has loss 0, and what one example's model says wrong costs that example alone; the
+    KL counts by its weight over the pixels. Catches a wrong target for any of the four combinations.
     """
     x0, T, gamma, heads, i = pixels(3, 2, 4, 4), 10, 20.0, torch.arange(1, 11), torch.tensor([10, 4, 1])
     eps_i, eps = pixel_aware.draw_trajectory(x0, i, heads, gamma, T, torch.Generator().manual_seed(0))
@@ -2061,9 +2061,9 @@ def test_pixel_aware_algorithm_1_diverges_as_its_formula(value, gamma, T):
 
 @pytest.mark.parametrize("value", [0.05, 0.25, 1.0])
 def test_pixel_aware_what_does_reconstruct(value):
-    """From x_T of γ = 20 back to the image: with Z^j = E[ε̃_j | x_T, x₀] and no noise, in the literal form and in the mean
-    form; with the steps' own noises z_j and √(1-α); and with ε̃ made anew of every x̂_j, noise included. With fresh noise
-    the first fails too. Catches an index that is off by one in Z, α or ᾱ.
+    """From x_T of γ = 20 back to the image: with Z^j = E[ε̃_j | x_T, x₀] and no noise, in the literal form and in the
+    mean form; with the steps' own noises z_j and √(1-α); and with ε̃ made anew of every x̂_j, noise included. With
+    fresh noise the first fails too. Catches an index that is off by one in Z, α or ᾱ.
     """
     gamma, T = 20.0, 200
     x0, scale, eps, xT = forward_path(value, gamma, T)
@@ -2126,8 +2126,8 @@ def test_pixel_aware_mean_form_is_the_same_step_where_nothing_is_clipped():
 @pytest.mark.parametrize("grid", ["uniform", "quadratic"])
 @pytest.mark.parametrize("passes", [1, 2, 5, 40])
 def test_pixel_aware_a_pass_is_one_call_of_each_network(grid, passes):
-    """K passes call G and R exactly K times each, at falling steps from T; watch sees all T steps and the image. With a G
-    and an R that know the image they end at it. Catches a hidden extra call, and a jump by another schedule.
+    """K passes call G and R exactly K times each, at falling steps from T; watch sees all T steps and the image. With
+    a G and an R that know the image they end at it. Catches a hidden extra call, and a jump by another schedule.
     """
     T, gamma, x0, calls, frames = 40, 20.0, pixels(2, 3, 4, 4), [], []
     places = torch.tensor([pixel_aware.place(j, T, grid) for j in range(T + 1)], dtype=torch.float64)
@@ -2156,8 +2156,8 @@ def test_pixel_aware_a_pass_is_one_call_of_each_network(grid, passes):
 
 
 def two_values(T, gamma, a=0.01, b=0.6):
-    """(G, R) that know: every pixel is a or b, with even odds, independently. G draws it from its law given x_i, R names
-    the noise that goes with G's pixel.
+    """(G, R) that know: every pixel is a or b, with even odds, independently. G draws it from its law given x_i, R
+    names the noise that goes with G's pixel.
     """
 
     def G(x, t, generator):
@@ -2179,9 +2179,10 @@ def two_values(T, gamma, a=0.01, b=0.6):
 
 @pytest.mark.parametrize("passes,miss", [(1, 0.109), (2, 0.041), (10, 0.001)])
 def test_pixel_aware_exact_networks_draw_the_data_from_a_forwarded_start(passes, miss):
-    """With exact networks any number of passes ends at the data's own law, if x_T is a forwarded image; from N(0, I), as
-    in the paper, dark pixels come too rarely, for the variance of x_T is what tells them: 39 % for 50 % in one pass, by
-    quadrature. More passes forget a wrong start. Catches a biased jump, and the claim that x_T is white noise.
+    """With exact networks any number of passes ends at the data's own law, if x_T is a forwarded image; from N(0, I),
+    as in the paper, dark pixels come too rarely, for the variance of x_T is what tells them: 39 % for 50 % in one
+    pass, by quadrature. More passes forget a wrong start. Catches a biased jump, and the claim that x_T is white
+    noise.
     """
     T, gamma, n = 50, 20.0, 200
     g = torch.Generator().manual_seed(0)
@@ -2226,8 +2227,8 @@ def test_pixel_aware_sampling_is_deterministic_per_image():
 
 
 def test_pixel_aware_ssim_is_wang_and_bovik():
-    """1 for equal images; for one window, the formula with NumPy's own weighted moments. Catches a window that does not
-    sum to one, and a lost factor of two.
+    """1 for equal images; for one window, the formula with NumPy's own weighted moments. Catches a window that does
+    not sum to one, and a lost factor of two.
     """
     a, b = pixels(2, 3, 11, 11), pixels(2, 3, 11, 11, seed=1)
     torch.testing.assert_close(pixel_aware.ssim(a, a), full(1, 2))
@@ -2420,7 +2421,9 @@ def test_unet_fast_is_the_network_on_the_cpu():
 
 @functools.cache
 def conditioned(encoder, fuse):
-    """A small U-Net told a grey image and a mask, whose zero layers are not zero. (Made once: Swin-B has 88 M weights.)"""
+    """A small U-Net told a grey image and a mask, whose zero layers are not zero. (Made once: Swin-B has 88 M
+    weights.)
+    """
     torch.manual_seed(0)
     arguments = dict(outputs=(2, 2), width=8, mult=(1, 2, 2, 3), blocks=1, attention=(), dropout=0.0, size=16)
     net = unet.UNet(2, condition=2, encoder=encoder, fuse=fuse, **arguments).eval()
@@ -2433,8 +2436,8 @@ def conditioned(encoder, fuse):
 @pytest.mark.parametrize("encoder, fuse", [("compact", "concat"), ("compact", "attention"), ("swin_b", "concat")])
 def test_unet_condition_is_used_at_every_level(encoder, fuse):
     """Each example's outputs depend on its own condition and on no other's; the gradient reaches the condition; the
-    features of each level matter, at that level's size; encoding once is the same. Catches a condition that is dropped,
-    shuffled, or met at one level only.
+    features of each level matter, at that level's size; encoding once is the same. Catches a condition that is
+    dropped, shuffled, or met at one level only.
     """
     net, x, t, c = (
         conditioned(encoder, fuse),
@@ -2511,8 +2514,8 @@ def test_unet_without_a_condition_is_as_it_was():
     "length, size, overlap", [(64, 64, 16), (65, 64, 16), (481, 64, 16), (321, 64, 63), (100, 32, 1)]
 )
 def test_unet_windows_cover_exactly(length, size, overlap):
-    """Windows begin at 0, end at the image's end, and neighbours share the overlap or more, with none to spare. Catches
-    an uncovered strip, a window over the edge, and twice the work.
+    """Windows begin at 0, end at the image's end, and neighbours share the overlap or more, with none to spare.
+    Catches an uncovered strip, a window over the edge, and twice the work.
     """
     starts = unet.window_starts(length, size, overlap)
     assert starts[0] == 0 and starts[-1] + size == length
@@ -2522,9 +2525,10 @@ def test_unet_windows_cover_exactly(length, size, overlap):
 
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_unet_windows_blend_to_the_whole_image(batch):
-    """Where the outputs of a pixel don't depend on the window, windowed calls are the call on the whole image, with each
-    window's own condition; one window is that call bit for bit; features are computed once, and no more than a
-    batch at a time. Catches weights that don't sum to one, a window pasted elsewhere, and a padded batch counted twice.
+    """Where the outputs of a pixel don't depend on the window, windowed calls are the call on the whole image, with
+    each window's own condition; one window is that call bit for bit; features are computed once, and no more than a
+    batch at a time. Catches weights that don't sum to one, a window pasted elsewhere, and a padded batch counted
+    twice.
     """
     encoded, calls = [], []
 
@@ -2750,8 +2754,9 @@ def settings_for(task, folder=None, size=16, **given):
 
 @pytest.mark.parametrize("task, targets", [("edges", "edges"), ("saliency", "masks")])
 def test_tasks_pairs_stay_aligned(task, targets, tmp_path, monkeypatch):
-    """Here a target is its image's red channel: so it must be after crops, flips and resizing. A batch is a function of
-    its seed, both ways round are drawn, and no corner is left out. Catches an image flipped or cropped without its target.
+    """Here a target is its image's red channel: so it must be after crops, flips and resizing. A batch is a function
+    of its seed, both ways round are drawn, and no corner is left out. Catches an image flipped or cropped without its
+    target.
     """
     monkeypatch.chdir(tmp_path)
     size = 28
@@ -2780,8 +2785,8 @@ def test_tasks_pairs_stay_aligned(task, targets, tmp_path, monkeypatch):
 
 
 def test_tasks_photos_turned_by_their_camera(tmp_path, monkeypatch):
-    """A photo that EXIF turns by a quarter is measured and read the same way, and small ones grow to the patch. Catches a
-    cache whose rows are another image's columns.
+    """A photo that EXIF turns by a quarter is measured and read the same way, and small ones grow to the patch.
+    Catches a cache whose rows are another image's columns.
     """
     monkeypatch.chdir(tmp_path)
     exif, image = Image.Exif(), Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8))
@@ -2800,8 +2805,8 @@ def test_tasks_photos_turned_by_their_camera(tmp_path, monkeypatch):
 
 
 def test_tasks_edge_bits_are_annotators(tmp_path, monkeypatch):
-    """Bit k of an edge PNG is annotator k's map, the target their mean, over those who marked anything; without the flag
-    it is grey, and an edge from 128 up. Catches the bits' number taken for a strength.
+    """Bit k of an edge PNG is annotator k's map, the target their mean, over those who marked anything; without the
+    flag it is grey, and an edge from 128 up. Catches the bits' number taken for a strength.
     """
     monkeypatch.chdir(tmp_path)
     pixels = np.zeros((4, 4), np.uint8)
@@ -2857,8 +2862,8 @@ def test_tasks_folders_are_paired_and_the_test_folder_is_left_out(tmp_path):
 
 
 def test_tasks_shapes_know_their_targets():
-    """The shapes' masks are exact: 0 where the image is ground, 255 where it is a shape's colour; an outline is one pixel
-    of mask beside ground. Catches a mask of another image.
+    """The shapes' masks are exact: 0 where the image is ground, 255 where it is a shape's colour; an outline is one
+    pixel of mask beside ground. Catches a mask of another image.
     """
     pairs = data.shape_pairs("saliency", 20, 32)
     image, mask = pairs[:, :3].int(), pairs[:, 3].int()
@@ -2890,8 +2895,9 @@ def test_tasks_low_resolution_is_pillows():
 
 
 def test_tasks_examples_finish_as_the_truth():
-    """A perfect x0 finishes as the image; the low-resolution condition holds no more than 1/16 of the pixels; known pixels
-    are pasted back bit for bit and those in the hole are not told. Catches a leak of the answer into the condition.
+    """A perfect x0 finishes as the image; the low-resolution condition holds no more than 1/16 of the pixels; known
+    pixels are pasted back bit for bit and those in the hole are not told. Catches a leak of the answer into the
+    condition.
     """
     image = data.to_float(data.shape_pairs("inpainting", 4, 32))
     x0, condition = data.example("super_resolution", image)
@@ -2908,8 +2914,8 @@ def test_tasks_examples_finish_as_the_truth():
 
 
 def test_tasks_holes_are_seeded_and_neither_nothing_nor_all():
-    """A hole is a function of its generator, covers some of the image and never all, boxes and strokes both come up, and a
-    larger image gets more of them. Catches an empty mask, whose PSNR is 0/0.
+    """A hole is a function of its generator, covers some of the image and never all, boxes and strokes both come up,
+    and a larger image gets more of them. Catches an empty mask, whose PSNR is 0/0.
     """
     holes = torch.stack([data.draw_hole(32, 32, 32, np.random.default_rng(k)) for k in range(300)])
     share = holes.float().mean((1, 2))
@@ -2945,9 +2951,9 @@ def test_tasks_psnr_by_hand():
 
 
 def test_tasks_edge_counts_by_hand():
-    """A line of 20 pixels marked by two annotators; ten of them found three rows off at strength .8, again five rows of
-    that beside each other, and five far away at .3: all counts by hand. Catches precision and recall changed about, and
-    a mark that two found pixels share.
+    """A line of 20 pixels marked by two annotators; ten of them found three rows off at strength .8, again five rows
+    of that beside each other, and five far away at .3: all counts by hand. Catches precision and recall changed about,
+    and a mark that two found pixels share.
     """
     marks = torch.zeros(2, 40, 40, dtype=torch.bool)
     marks[:, 20, 10:30] = True
@@ -2975,9 +2981,9 @@ def test_tasks_edge_counts_by_hand():
 
 
 def test_tasks_edge_matching_is_one_to_one_and_nearly_the_largest():
-    """Against the largest matching there is (augmenting paths, Kuhn's algorithm): never more pairs, at least half of them
-    by any greedy rule, and 90 % here. As many found as marked pixels have partners, each with one in reach. Catches a
-    mark used twice, and a reach that is a square.
+    """Against the largest matching there is (augmenting paths, Kuhn's algorithm): never more pairs, at least half of
+    them by any greedy rule, and 90 % here. As many found as marked pixels have partners, each with one in reach.
+    Catches a mark used twice, and a reach that is a square.
     """
     radius, total, best = 2.3, 0, 0
     for k in range(6):
@@ -3128,8 +3134,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(script, trained, capsys, monke
 
 @SCRIPTS
 def test_seed_makes_the_weights(script, trained, capsys):
-    """Two seeds start from different weights, farther apart than a step takes them, and one seed from the same. Catches
-    a seed that the network never sees.
+    """Two seeds start from different weights, farther apart than a step takes them, and one seed from the same.
+    Catches a seed that the network never sees.
     """
     runs = {}
     for name, value in (("a", 1), ("b", 1), ("c", 2)):
@@ -3259,7 +3265,9 @@ def test_ddm_not_a_number_stops_and_keeps_the_last_good_checkpoint(trained, caps
 
 
 def test_ddm_full_disk_is_a_sentence_and_loses_nothing(trained, capsys, monkeypatch):
-    """No space while saving: one sentence, exit 1, the old checkpoint whole, no rubbish left. Catches writing in place."""
+    """No space while saving: one sentence, exit 1, the old checkpoint whole, no rubbish left. Catches writing in
+    place.
+    """
     good = (trained / "checkpoint.pt").read_bytes()
 
     def full_disk(_):
@@ -3375,8 +3383,8 @@ def test_ddm_newest_run_is_sampled(trained, capsys):
 
 @SCRIPTS
 def test_demo_fits_its_time_budget(script):
-    """The demo's training stays under 25 TFLOPs, which two cores at 0.1 TFLOP/s do in four of its five minutes. Catches
-    defaults that grow: counted, not timed, so that a busy machine does not decide it.
+    """The demo's training stays under 25 TFLOPs, which two cores at 0.1 TFLOP/s do in four of its five minutes.
+    Catches defaults that grow: counted, not timed, so that a busy machine does not decide it.
     """
     settings = script.DEFAULTS["shapes"]
     with torch.device("meta"):
@@ -3426,8 +3434,8 @@ def empty(tmp_path, monkeypatch):
     ],
 )
 def test_blurring_every_row_of_the_papers_tables_is_a_command(flags, said, empty, capsys):
-    """Tables 1, 3 and 4: each process, blur and schedule trains and samples by flags alone, with clipping only where it
-    is safe. Catches a combination that crashes.
+    """Tables 1, 3 and 4: each process, blur and schedule trains and samples by flags alone, with clipping only where
+    it is safe. Catches a combination that crashes.
     """
     common = ["--train", "--sample", "--n", 2, "--steps", 3, *TINY, "--iterations", 2]
     _, out, _ = run_main(capsys, *common, *flags.split(), status=0, script=blurring)
@@ -3436,8 +3444,8 @@ def test_blurring_every_row_of_the_papers_tables_is_a_command(flags, said, empty
 
 
 def test_blurring_default_steps_are_the_solvers(empty, capsys, monkeypatch):
-    """1000 ancestral steps on CIFAR-10 as the paper, 50 and 20 of the deterministic solvers, 20 of the second order for
-    the demo, the levels for IHDM, and Algorithm 1 for an ε network. Catches 10 steps for all.
+    """1000 ancestral steps on CIFAR-10 as the paper, 50 and 20 of the deterministic solvers, 20 of the second order
+    for the demo, the levels for IHDM, and Algorithm 1 for an ε network. Catches 10 steps for all.
     """
     asked = []
     monkeypatch.setattr(blurring, "sample", lambda net, z1, steps, solver, **_: asked.append((solver, steps)) or z1)
@@ -3457,8 +3465,8 @@ def test_blurring_default_steps_are_the_solvers(empty, capsys, monkeypatch):
 
 @pytest.mark.parametrize("process", ["ihdm", "cold"])
 def test_blurring_neighbours_start_from_blurred_training_images(process, empty, capsys, monkeypatch):
-    """IHDM and cold diffusion start from A_K x of a training image, one by the image's own seed, without noise. Catches
-    a start from noise, which they have never seen.
+    """IHDM and cold diffusion start from A_K x of a training image, one by the image's own seed, without noise.
+    Catches a start from noise, which they have never seen.
     """
     starts = []
     monkeypatch.setattr(blurring, "sample", lambda net, z1, *_, **__: starts.append(z1) or z1)
@@ -3523,7 +3531,8 @@ def test_blurring_wrong_flags_are_sentences(empty, capsys, monkeypatch):
 
 def test_blurring_neighbours_blur_by_the_image_and_match_its_channels(empty, capsys):
     """The blur of IHDM and cold diffusion goes with --image-size and the paper's preset; and start images with other
-    channels than the network's are a sentence. Catches a blur wider than the image, and a traceback from a convolution.
+    channels than the network's are a sentence. Catches a blur wider than the image, and a traceback from a
+    convolution.
     """
     for size, widest in ((None, 24.0), (16, 12.0), (64, 32.0)):
         assert blurring.defaults_for(blurring.DEFAULTS, "cold", size)["cifar10"]["sigma_blur_max"] == widest
@@ -3573,8 +3582,8 @@ ANGULAR_FLAGS = [
 
 @pytest.mark.parametrize("flags,said", ANGULAR_FLAGS)
 def test_angular_baselines_and_solvers_are_commands(flags, said, empty, capsys):
-    """Figure 4's baselines and all kinds of solver train and sample by flags alone, and stdout has the schedule and the
-    calls. Catches a combination that crashes, and a noise-only network at 1/cos = ∞.
+    """Figure 4's baselines and all kinds of solver train and sample by flags alone, and stdout has the schedule and
+    the calls. Catches a combination that crashes, and a noise-only network at 1/cos = ∞.
     """
     common = ["--train", "--sample", "--n", 2, "--steps", 3, *TINY, "--iterations", 2]
     _, out, _ = run_main(capsys, *common, *flags.split(), status=0, script=angular)
@@ -3710,8 +3719,8 @@ def test_pixel_aware_every_variant_is_a_command(flags, said, empty, capsys):
 
 
 def test_pixel_aware_forwarded_start_needs_the_images(empty, capsys):
-    """--start forward begins at a training image's own x_T, another one for every sample; --out too depends on the seed
-    and number alone. Catches noise in its place, and one image for all.
+    """--start forward begins at a training image's own x_T, another one for every sample; --out too depends on the
+    seed and number alone. Catches noise in its place, and one image for all.
     """
     seen = []
     sample = pixel_aware.sample
@@ -3773,8 +3782,9 @@ def test_pixel_aware_wrong_flags_are_sentences(empty, capsys, monkeypatch):
 
 
 def test_pixel_aware_figures(empty, capsys, drawn):
-    """Figure 2 and the picture of Algorithm 1 need no run; the strips and the estimates are a run's. The numbers are what
-    the figures say: a mean that falls and a variance that grows, an error of the closed form's size and one of nothing.
+    """Figure 2 and the picture of Algorithm 1 need no run; the strips and the estimates are a run's. The numbers are
+    what the figures say: a mean that falls and a variance that grows, an error of the closed form's size and one of
+    nothing.
     """
     _, out, _ = run_main(capsys, "--forward", "--image-size", 32, status=0, script=pixel_aware)
     curves = curves_of(empty / "pixel_aware-forward.csv")
@@ -3801,8 +3811,8 @@ def test_pixel_aware_figures(empty, capsys, drawn):
 
 
 def test_pixel_aware_presets_are_the_papers():
-    """--preset paper trains the paper's own: the scale, the noises, one encoder, all heads; 71.5 M and 145.5 M parameters
-    in the paper. Catches our defaults in the paper's name.
+    """--preset paper trains the paper's own: the scale, the noises, one encoder, all heads; 71.5 M and 145.5 M
+    parameters in the paper. Catches our defaults in the paper's name.
     """
     for dataset, T, gamma, millions in (("cifar10", 200, 20.0, 71.5), ("celeba", 500, 50.0, 145.5)):
         known = {**pixel_aware.DEFAULTS[dataset], **pixel_aware.PAPER[dataset]}
@@ -3999,8 +4009,8 @@ def few(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("task", list(data.TARGETS))
 def test_tasks_train_sample_and_evaluate(task, few, capsys):
-    """Each task trains, samples, evaluates against its baseline, and answers an image of any size, with the run's files
-    where they belong. Catches a task that only some commands know.
+    """Each task trains, samples, evaluates against its baseline, and answers an image of any size, with the run's
+    files where they belong. Catches a task that only some commands know.
     """
     run = few / "runs" / f"ddm-shapes-{task}"
     flags = [*TINY, "--image-size", 16, "--iterations", 2]
@@ -4031,17 +4041,17 @@ def test_tasks_train_sample_and_evaluate(task, few, capsys):
 
 @pytest.mark.parametrize("fuse", ["concat", "attention"])
 def test_tasks_resumed_equals_uninterrupted(fuse, few, capsys, monkeypatch):
-    """Three steps, then three more, are the run of six bit for bit: patches, holes and noise are functions of the step.
-    Catches a generator that goes on by itself.
+    """Three steps, then three more, are the run of six bit for bit: patches, holes and noise are functions of the
+    step. Catches a generator that goes on by itself.
     """
     flags = [*TINY, "--image-size", 16, "--task", "inpainting", "--fuse", fuse]
     stopped_and_resumed(flags, few, capsys, monkeypatch)
 
 
 def test_tasks_predictions_are_functions_of_seed_image_and_member(few, capsys, monkeypatch):
-    """What is drawn for an image depends on the seed, its number and the ensemble's member alone, and a prediction is the
-    members' mean; a regression has one answer whatever the seed, from no noise and in one call. Catches an ensemble of
-    one noise, noise that depends on the images before, and a baseline that sees noise.
+    """What is drawn for an image depends on the seed, its number and the ensemble's member alone, and a prediction is
+    the members' mean; a regression has one answer whatever the seed, from no noise and in one call. Catches an
+    ensemble of one noise, noise that depends on the images before, and a baseline that sees noise.
     """
     size, noises, shown = 16, [], []
     settings, args = settings_for("saliency"), types.SimpleNamespace(
@@ -4084,8 +4094,8 @@ def test_tasks_predictions_are_functions_of_seed_image_and_member(few, capsys, m
 
 
 def test_tasks_one_call_answers_with_the_mean_and_many_with_a_sample():
-    """Of what a condition leaves open, N(m, s²) here with exact networks, one call answers m, whose mean squared error is
-    s², and many calls draw a sample, whose error is 2 s²: 3 dB less. Why more calls can cost accuracy.
+    """Of what a condition leaves open, N(m, s²) here with exact networks, one call answers m, whose mean squared error
+    is s², and many calls draw a sample, whose error is 2 s²: 3 dB less. Why more calls can cost accuracy.
     """
     m, s, n = 0.3, 0.2, 20_000
 
@@ -4101,8 +4111,8 @@ def test_tasks_one_call_answers_with_the_mean_and_many_with_a_sample():
 
 
 def test_tasks_loss_tells_the_model_its_condition():
-    """A model that reads the answer off its condition has no loss, example by example; told another's it has. Catches a
-    condition that the loss drops.
+    """A model that reads the answer off its condition has no loss, example by example; told another's it has. Catches
+    a condition that the loss drops.
     """
     x0, eps, t = rand(4, 1, 3, 3), randn(4, 1, 3, 3), full(0.4, 4)
     values = ddm.loss(lambda x, t, told, noise: (-told, noise), x0, -x0, eps, t, condition=(x0, eps))
@@ -4129,8 +4139,8 @@ def test_tasks_training_gives_each_example_its_own_condition(few, capsys, monkey
 
 
 def test_tasks_regression_is_trained_at_t_equal_one_without_noise(few, capsys, monkeypatch):
-    """--regression trains on x_t = 0 at t = 1, where the loss is the image's error and nothing else. Catches a baseline
-    that is a diffusion model.
+    """--regression trains on x_t = 0 at t = 1, where the loss is the image's error and nothing else. Catches a
+    baseline that is a diffusion model.
     """
     seen = []
 
@@ -4149,8 +4159,8 @@ def test_tasks_regression_is_trained_at_t_equal_one_without_noise(few, capsys, m
 
 
 def test_tasks_folder_is_cached_once_trained_on_and_evaluated(few, capsys, monkeypatch):
-    """A folder of pairs is decoded once, trains, and is evaluated on its test folder, with another run beside; --out gets
-    one PNG an image, of its size. Catches test images in training, and predictions of another size.
+    """A folder of pairs is decoded once, trains, and is evaluated on its test folder, with another run beside; --out
+    gets one PNG an image, of its size. Catches test images in training, and predictions of another size.
     """
     for part in ("train", "test"):
         pair_folder(few / "photos" / part, n=3 if part == "train" else 2)
@@ -4229,8 +4239,8 @@ def test_tasks_preset_is_table_i(few):
 
 
 def test_tasks_wrong_flags_are_sentences(few, capsys):
-    """What has no meaning for a task, or without one, is said: exit 2, one sentence, nothing trained. Catches a flag that is
-    silently ignored.
+    """What has no meaning for a task, or without one, is said: exit 2, one sentence, nothing trained. Catches a flag
+    that is silently ignored.
     """
     Image.new("RGB", (20, 20)).save("a.png"), Image.new("L", (9, 9)).save("m.png")
     Image.new("RGB", (1, 1)).save("dot.png")
