@@ -1311,8 +1311,8 @@ def task_table(tasks):
             values = {**changes["all"], **changes[name]}
             rows.append(f"  {task}, {name}: " + ", ".join(f"{k.replace('_', '-')} {flag(values[k])}" for k in (
                 "image_size", "width", "mult", "batch_size", "iterations", "lr", "encoder") if k in values))
-    return ("\n\nwith a task --image-size is a patch's (saliency: what whole images are resized to), --n is by default all "
-            "test\nimages, or 200 shapes, and 8 for --sample, --out gets a PNG of every answer, and these change:\n\n"
+    return ("\n\nwith a task --image-size is a patch's (saliency: what whole images are resized to), --n is by default "
+            "all test\nimages, or 200 shapes, and 8 for --sample, --out gets a PNG of every answer, and these change:\n\n"
             + "\n".join(rows))
 
 
