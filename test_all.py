@@ -3977,22 +3977,40 @@ def test_ddm_ctrl_c_saves_and_exits_130(tmp_path):
     assert weights(log)["step"] > 0
 
 
-@SCRIPTS
-def test_two_processes_train_the_model_that_one_does(script, tmp_path, capsys):
-    """torchrun with two processes equals one with the same global batch up to rounding (a missing average of
-    gradients would not); one log, one checkpoint.
+TWO = [*TINY, "--train", "--dropout", "0", "--iterations", "5", "--lr", "1e-3", "--image-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A directory where torchrun's two processes have trained every script, and a task, one after the other."""
+    directory = tmp_path_factory.mktemp("two")
+    (directory / "all.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport ddm, blurring, angular, pixel_aware\n"
+        "import torch.distributed as dist\nbegin = dist.init_process_group\n"  # one group for all: torchrun has but one
+        "dist.init_process_group = lambda *a, **k: dist.is_initialized() or begin(*a, **k)\n"
+        "dist.destroy_process_group = lambda: None\n"
+        f"for script in (ddm, blurring, angular, pixel_aware):\n    script.main([*{TWO}, '--run', script.__name__])\n"
+        f"ddm.main([*{TWO}, '--run', 'inpainting', '--task', 'inpainting'])\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "all.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.mark.parametrize("name", ["ddm", "blurring", "angular", "pixel_aware", "inpainting"])
+def test_two_processes_train_the_model_that_one_does(name, two_processes, tmp_path, capsys):
+    """torchrun with two processes equals one with the same global batch up to rounding (a missing average of gradients
+    would not); one log, one checkpoint. The same for a task's pairs and holes.
     """
-    flags = ["--train", *TINY, "--dropout", 0, "--iterations", 5, "--lr", 1e-3]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"]
-    two = process(tmp_path, *flags, "--run", "two", launch=launch, script=script)
-    run_main(capsys, *flags, "--run", tmp_path / "one", status=0, script=script)
-    _, err = two.communicate(timeout=120)
-    assert two.returncode == 0, err
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    script, task = (ddm, ["--task", name]) if name == "inpainting" else (globals()[name], [])
+    run_main(capsys, *TWO, *task, "--run", tmp_path / "one", status=0, script=script)
+    a, b = weights(tmp_path / "one"), weights(two_processes / name)
     start = network_of(script, a["network"])[0].state_dict()
-    for name in a["model"]:
-        torch.testing.assert_close(a["model"][name], b["model"][name], rtol=1e-3, atol=2e-5, msg=name)
-    assert a["step"] == b["step"] == 5 and len((tmp_path / "two" / "log.jsonl").read_text().splitlines()) == 1
+    for key in a["model"]:
+        torch.testing.assert_close(a["model"][key], b["model"][key], rtol=1e-3, atol=2e-5, msg=key)
+    assert a["step"] == b["step"] == 5 and len((two_processes / name / "log.jsonl").read_text().splitlines()) == 1
     assert any((a["model"][n] - start[n]).abs().max() > 1e-3 for n in start)
 
 
