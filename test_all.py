@@ -3989,6 +3989,7 @@ def two_processes(tmp_path_factory):
         "import torch.distributed as dist\nbegin = dist.init_process_group\n"  # one group for all: torchrun has but one
         "dist.init_process_group = lambda *a, **k: dist.is_initialized() or begin(*a, **k)\n"
         "dist.destroy_process_group = lambda: None\n"
+        "import data\ndraw = data.shapes\ndata.shapes = lambda n, *a, **k: draw(min(n, 50), *a, **k)\n"
         f"for script in (ddm, blurring, angular, pixel_aware):\n    script.main([*{TWO}, '--run', script.__name__])\n"
         f"ddm.main([*{TWO}, '--run', 'inpainting', '--task', 'inpainting'])\n"
     )
@@ -4000,13 +4001,13 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["ddm", "blurring", "angular", "pixel_aware", "inpainting"])
-def test_two_processes_train_the_model_that_one_does(name, two_processes, tmp_path, capsys):
+def test_two_processes_train_the_model_that_one_does(name, two_processes, few, capsys):
     """torchrun with two processes equals one with the same global batch up to rounding (a missing average of gradients
     would not); one log, one checkpoint. The same for a task's pairs and holes.
     """
     script, task = (ddm, ["--task", name]) if name == "inpainting" else (globals()[name], [])
-    run_main(capsys, *TWO, *task, "--run", tmp_path / "one", status=0, script=script)
-    a, b = weights(tmp_path / "one"), weights(two_processes / name)
+    run_main(capsys, *TWO, *task, "--run", few / "one", status=0, script=script)
+    a, b = weights(few / "one"), weights(two_processes / name)
     start = network_of(script, a["network"])[0].state_dict()
     for key in a["model"]:
         torch.testing.assert_close(a["model"][key], b["model"][key], rtol=1e-3, atol=2e-5, msg=key)
@@ -4021,7 +4022,7 @@ def test_two_processes_train_the_model_that_one_does(name, two_processes, tmp_pa
 def few(tmp_path, monkeypatch):
     """An empty current directory, and few shapes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "shapes", lambda n, *a, draw=data.shapes, **k: draw(min(n, 20), *a, **k))
+    monkeypatch.setattr(data, "shapes", lambda n, *a, draw=data.shapes, **k: draw(min(n, 50), *a, **k))
     return tmp_path
 
 
@@ -4142,7 +4143,7 @@ def test_tasks_training_gives_each_example_its_own_condition(few, capsys, monkey
     """In training a condition and its x0 make up one of the dataset's images, or its mirror image. Catches conditions
     that are shuffled between the batch's examples.
     """
-    images = data.shape_pairs("super_resolution", 20, 16).float()
+    images = data.shape_pairs("super_resolution", 50, 16).float()
     images = torch.cat([images, images.flip(-1)])
 
     def keep(model, x0, *a, f=ddm.loss, condition=(), **k):
