@@ -377,7 +377,25 @@ def write_samples(run, settings, checkpoint, args, processes):
     data.draw_samples(draw, x, run, checkpoint, args, network_calls, shown, processes)
 
 
-def write_schedules(T=1000):
+def write_forward(run, settings, checkpoint, args, processes):
+    """One image on its way to noise, and cot²η."""
+    def way(x0, eps, t, ts):
+        return diffuse(x0, eps, HALF_PI * t), {"angular": torch.tan(HALF_PI * ts) ** -2}
+    data.forward_figure("angular", way, settings, processes)
+
+
+def write_solvers(run, settings, checkpoint, args, processes):
+    """All solvers that this run's network has, from the same noises."""
+    model, x = trained_model(run, settings, checkpoint, args, processes, 3)
+    unfit = ("heun", "rk4") if settings["predict"] == "image" else ()       # they would ask it for the noise at η = 0
+
+    def draw(solver, steps, x1, generators):
+        steps, options = solver_of(settings, argparse.Namespace(**{**vars(args), "steps": steps}), solver)
+        return sample(model, x1, steps, generator=generators, **options)
+    data.solver_figure(draw, {name: n for name, n in SOLVERS.items() if name not in unfit}, x, run, settings, args)
+
+
+def write_schedules(run, settings, checkpoint, args, processes, T=1000):
     """Figures 2 and 3, β_t and ᾱ_t of the three schedules: angular-schedules.csv and .png."""
     i, names = torch.arange(1, T + 1), ("angular", "linear", "jsd")
     betas = {name: beta(i, T, name).tolist() for name in names} | {"jsd as printed, 1/t": (1 / i).tolist()}
@@ -386,12 +404,17 @@ def write_schedules(T=1000):
 
 
 @torch.no_grad()
-def write_errors(runs, args, processes):
+def write_errors(first, base, checkpoint, args, processes):
     """Figure 4: squared errors of x̂₀ and ε̂ against t, their mean and spread over --n training images, as errors.csv
-    and .png of the first run; of two heads also when projected. runs: [(directory, settings, checkpoint)], shown the
-    same images and noise.
+    and .png of the first run; of two heads also when projected. All runs of --errors see the same images and noise.
     """
-    (first, base, _), ts = runs[0], [(k + 0.5) / 25 for k in range(25)]
+    runs, ts = [(first, base, checkpoint)], [(k + 0.5) / 25 for k in range(25)]
+    for run in args.errors[1:]:
+        other = argparse.Namespace(**{**vars(args), "run": run})
+        runs.append(data.open_run("angular", other, DEFAULTS, PAPER, NETWORK))
+    seen = {(s["dataset"], s["data_dir"], s["image_size"], c["network"].get("channels")) for _, s, c in runs}
+    if len(seen) > 1 or len({run.resolve() for run, _, _ in runs}) < len(runs):
+        raise data.Problem("--errors compares different runs, trained on the same images", 2)
     generators = data.image_generators(base["seed"] if args.seed is None else args.seed, range(args.n))
     images = data.load(base["dataset"], base["data_dir"], base["image_size"], processes)
     index = torch.stack([torch.randint(len(images), (), generator=g) for g in generators])
@@ -446,6 +469,12 @@ PAPER = {"cifar10": {**DDIM, "mult": (1, 2, 2, 2), "iterations": 800_000},      
                          "lr": 2e-5, "iterations": 1_135_000}}
 NETWORK = ("width", "mult", "blocks", "attention", "dropout", "second")
 
+FIGURES = {"forward": (write_forward, "dataset data_dir image_size seed"),                  # and the flags each heeds
+           "solvers": (write_solvers, "run dataset data_dir seed clip"),
+           "schedules": (write_schedules, ""),
+           "errors": (write_errors, "dataset data_dir seed n"),
+           "estimates": (write_estimates, "run dataset data_dir seed n steps last heads clip")}
+
 
 def arguments(argv=None):
     """Parse the command line; a flag that was not given is None (or False, if it is a switch)."""
@@ -475,26 +504,13 @@ def arguments(argv=None):
 def main(argv=None):
     """The command line. Raises SystemExit: 1 or 2 with a sentence on stderr, 130 or 143 when stopped by a signal."""
     args = arguments(argv)
-    figure = [args.schedules, bool(args.errors), bool(args.estimates)]
-    if sum(figure) + (args.train or args.sample) != 1:
-        raise data.Problem("say --train, --sample, or both, or else one of --schedules, --errors and --estimates", 2)
-    if any(figure) and (args.out or args.solver) or args.errors and args.run:
-        raise data.Problem("--out and --solver are for --sample, and --errors names its runs itself, without --run", 2)
-    if args.schedules:
-        return write_schedules()
-
-    def opened(run):
-        asked = argparse.Namespace(**{**vars(args), "run": run, "sample": not args.train})
-        return data.open_run("angular", asked, DEFAULTS, PAPER, NETWORK)
-
-    runs = [opened(run) for run in args.errors or [args.run]]
-    run, settings, checkpoint = runs[0]
+    write, of_run = data.figure(args, FIGURES)
+    if args.errors:                                         # which names its runs itself
+        args.run, of_run = args.errors[0], True
+    run, settings, checkpoint = data.open_run("angular", args, DEFAULTS, PAPER, NETWORK, of_run=of_run)
     with data.bad_arguments():                              # what can't go together is said before anything is started
         for solver in args.estimates or [None]:
             solver_of(settings, args, solver)
-        seen = [(s["dataset"], s["data_dir"], s["image_size"], c and c["network"].get("channels")) for _, s, c in runs]
-        if len({*seen}) > 1 or len({run.resolve() for run, _, _ in runs}) < len(runs):
-            raise ValueError("--errors compares different runs, trained on the same images")
         with torch.device("meta"):
             unet.UNet(**network_of(settings, 3))
     processes = data.start(args.device)
@@ -502,9 +518,8 @@ def main(argv=None):
         train(run, settings, checkpoint, args, processes)
     if args.sample:
         write_samples(run, settings, data.load_checkpoint(run / "checkpoint.pt"), args, processes)
-    if any(figure) and processes.rank == 0:                 # one process's work
-        alone = processes._replace(world=1)
-        write_errors(runs, args, alone) if args.errors else write_estimates(*runs[0], args, alone)
+    if write and processes.rank == 0:                       # one process's work
+        write(run, settings, checkpoint, args, processes._replace(world=1))
 
 
 if __name__ == "__main__":

@@ -383,11 +383,11 @@ def network_of(settings, channels):
             **{key: settings[key] for key in NETWORK}}
 
 
-def solver_of(settings, args):
-    """(solver, steps) as asked for, or the defaults. Raises ValueError for what the process can't have."""
+def solver_of(settings, args, solver=None):
+    """(steps, the other arguments of `sample`), as asked for or by default. Raises ValueError for what can't be."""
     process, predict, levels = settings["process"], settings["predict"], settings["levels"]
     solvers, few = SOLVERS[process], settings["dataset"] == "shapes" and process == "blurring" and predict != "eps"
-    solver = args.solver or ("ddim2" if few else next(iter(solvers)))
+    solver = solver or args.solver or ("ddim2" if few else next(iter(solvers)))
     steps = args.steps or solvers.get(solver) or levels
     for wrong, sentence in (
             (predict not in ANSWERS[process],
@@ -404,35 +404,61 @@ def solver_of(settings, args):
             (process == "cold" and levels % steps, f"--steps must divide the {levels} levels of the training")):
         if wrong:
             raise ValueError(sentence)
-    return solver, steps
+    safe = predict in ("x0", "v") or predict == "eps" and settings["sigma_blur_max"] == 0
+    options = {"solver": solver, "clip": safe if args.clip is None else args.clip, **blur_of(settings)}
+    options |= {"eta": args.eta} if solver == "ddim" else {"delta": args.delta} if solver == "ihdm" else {}
+    return steps, options
+
+
+def trained_model(run, settings, checkpoint, args, processes, n):
+    """(model, x): the predictor of a run's EMA weights, made fast, and zeros, as many of n images as go in a call."""
+    network = network_of(settings, checkpoint["network"].get("channels", 3))
+    net = unet.create(network, processes.device)[1]
+    data.restore(run, checkpoint, ema=net)
+    x = unet.batch_like(n, network, processes.device)
+    return unet.fast(predictor_of(net, settings, args, processes), x, x.new_ones(len(x))), x
 
 
 def write_samples(run, settings, checkpoint, args, processes):
     """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
-    network, blur = network_of(settings, checkpoint["network"].get("channels", 3)), blur_of(settings)
-    net = unet.create(network, processes.device)[1]
-    data.restore(run, checkpoint, ema=net)
-    solver, steps = solver_of(settings, args)
-    safe = settings["predict"] in ("x0", "v") or settings["predict"] == "eps" and settings["sigma_blur_max"] == 0
-    options = {"solver": solver, "clip": safe if args.clip is None else args.clip}
-    options |= {"eta": args.eta} if solver == "ddim" else {"delta": args.delta} if solver == "ihdm" else {}
-    origin = {}
-    x = unet.batch_like(args.n, network, processes.device)
-    model = unet.fast(predictor_of(net, settings, args, processes), x, x.new_ones(len(x)))
+    steps, options = solver_of(settings, args)
+    model, x = trained_model(run, settings, checkpoint, args, processes, args.n)
+    origin, blur = {}, blur_of(settings)
     if settings["process"] != "blurring":                       # these start from training images, blurred
         origin = {key: settings[key] for key in ("dataset", "data_dir")}
-        images = data.load(*origin.values(), network["size"], processes)
-        if images.shape[1] != network["channels"]:
-            raise data.Problem(f"{run} was trained on images of {network['channels']} channels, and those in "
+        images = data.load(*origin.values(), x.shape[-1], processes)
+        if images.shape[1] != x.shape[1]:
+            raise data.Problem(f"{run} was trained on images of {x.shape[1]} channels, and those in "
                                f"{origin['data_dir']}, to start from, have {images.shape[1]}")
 
     def draw(z1, generators, watch):
         if settings["process"] != "blurring":
             x0 = torch.stack([images[int(torch.randint(len(images), (), generator=g))] for g in generators])
             z1 = diffuse(data.to_float(x0).to(z1), torch.zeros_like(z1), z1.new_ones(len(z1)), **blur)
-        return sample(model, z1, steps, generator=generators, watch=watch, **options, **blur)
+        return sample(model, z1, steps, generator=generators, watch=watch, **options)
 
-    data.draw_samples(draw, x, run, checkpoint, args, steps, {**options, **blur, **origin}, processes)
+    data.draw_samples(draw, x, run, checkpoint, args, steps, {**options, **origin}, processes)
+
+
+def write_forward(run, settings, checkpoint, args, processes):
+    """One image on its way to noise, and α²/σ² of three frequencies."""
+    def way(x0, eps, t, ts):
+        size, how = settings["image_size"], blur_of(settings)
+        alpha, sigma = alpha_sigma(ts, size, **how)
+        snr = (alpha / sigma)[:, 0].diagonal(dim1=1, dim2=2).square()           # [100, S]: as high in both axes
+        names = {"mean colour": 0, "middle frequency": size // 2, "highest frequency": size - 1}
+        return diffuse(x0, eps, t, **how), {f"blurring, {name}": snr[:, k] for name, k in names.items()}
+    data.forward_figure("blurring", way, settings, processes)
+
+
+def write_solvers(run, settings, checkpoint, args, processes):
+    """All solvers of blurring, from the same noises."""
+    model, x = trained_model(run, settings, checkpoint, args, processes, 3)
+
+    def draw(solver, steps, z1, generators):
+        steps, options = solver_of(settings, argparse.Namespace(**{**vars(args), "steps": steps}), solver)
+        return sample(model, z1, steps, generator=generators, **options)
+    data.solver_figure(draw, dict.fromkeys(SOLVERS["blurring"], 1), x, run, settings, args)
 
 
 # -------------------------------------------------------------------------------------------------- 6 command line
@@ -453,6 +479,9 @@ NETWORK = ("width", "mult", "blocks", "attention", "dropout", "head_dim")
 ANSWERS = {"blurring": ("v", "x0", "eps"), "ihdm": ("mean",), "cold": ("x0",)}              # what --predict may be
 SOLVERS = {"blurring": {"ancestral": 1000, "ddim": 50, "ddim2": 20},                        # and their default steps:
            "ihdm": {"ihdm": None}, "cold": {"improved": None, "naive": None}}               # None is --levels
+
+FIGURES = {"forward": (write_forward, "dataset data_dir image_size seed sigma_blur_max schedule d_min"),
+           "solvers": (write_solvers, "run dataset data_dir seed clip eta")}                # and the flags each heeds
 
 
 def defaults_for(table, process, image_size):
@@ -494,9 +523,12 @@ def main(argv=None):
     args = arguments(argv)
     paper = {**PAPER, "lsun-church": CHURCH_64} if args.image_size == 64 else PAPER
     defaults, paper = (defaults_for(table, args.process or "blurring", args.image_size) for table in (DEFAULTS, paper))
-    run, settings, checkpoint = data.open_run("blurring", args, defaults, paper, NETWORK)
+    write, of_run = data.figure(args, FIGURES)
+    run, settings, checkpoint = data.open_run("blurring", args, defaults, paper, NETWORK, of_run=of_run)
     with data.bad_arguments():                              # what can't go together is said before anything is started
-        solver_of(settings, args)
+        solver_of(settings, args, "ddim" if args.solvers else None)                     # --eta is for that one
+        if args.solvers and settings["process"] != "blurring":
+            raise ValueError(f"--solvers starts from noise, and {run} of --process {settings['process']} does not")
         with torch.device("meta"):
             unet.UNet(**network_of(settings, 3))
     processes = data.start(args.device)
@@ -504,6 +536,8 @@ def main(argv=None):
         train(run, settings, checkpoint, args, processes)
     if args.sample:
         write_samples(run, settings, data.load_checkpoint(run / "checkpoint.pt"), args, processes)
+    if write and processes.rank == 0:                       # one process's work
+        write(run, settings, checkpoint, args, processes._replace(world=1))
 
 
 if __name__ == "__main__":

@@ -912,25 +912,32 @@ def trajectory(frames):
     return picture(torch.stack(rows), len(frames), [f"t={t:.3g}" for t, _, _ in frames])
 
 
+def write_table(path, columns):
+    """Write {a column's name: its numbers} as CSV, atomically."""
+    table = io.StringIO()
+    csv.writer(table).writerows([columns, *([f"{float(v):.6g}" for v in row] for row in zip(*columns.values()))])
+    write_atomically(path, table.getvalue().encode())
+
+
 def curves(path, x, panels, log=()):
     """Write curves to PATH.csv, draw them side by side in PATH.png, and say so. Drawing needs matplotlib, nothing else.
 
     x: (its label, numbers). panels: {title: {a curve's name: numbers, or (numbers, standard deviations)}}. log: the
     titles of panels with a logarithmic axis. Raises Problem where matplotlib is missing; the CSV is then there.
     """
-    columns, table = {x[0]: x[1]}, io.StringIO()
+    columns = {x[0]: x[1]}
     panels = {title: {name: y if isinstance(y, tuple) else (y, None) for name, y in named.items()}
               for title, named in panels.items()}
     for title, named in panels.items():
         for name, (y, spread) in named.items():
             columns |= {f"{title}, {name}": y} | ({f"{title}, {name}, std": spread} if spread is not None else {})
-    csv.writer(table).writerows([columns, *([f"{float(v):.6g}" for v in row] for row in zip(*columns.values()))])
-    write_atomically(f"{path}.csv", table.getvalue().encode())
+    write_table(f"{path}.csv", columns)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise Problem(f"wrote {path}.csv, and no picture: that needs matplotlib (pip install matplotlib)") from error
-    figure, buffer = Figure(figsize=(5.5 * len(panels), 4), layout="constrained"), io.BytesIO()
+    width, buffer = sum(5.5 if len(named) <= 5 else 8 for named in panels.values()), io.BytesIO()
+    figure = Figure(figsize=(width, 4), layout="constrained")
     for axes, (title, named) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for name, (y, spread) in named.items():
             line, = axes.plot(x[1], y, label=name)
@@ -938,10 +945,92 @@ def curves(path, x, panels, log=()):
                 low, high = (np.asarray(y) + sign * np.asarray(spread) for sign in (-1, 1))
                 axes.fill_between(x[1], np.maximum(low, 0), high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(title=title, xlabel=x[0], yscale="log" if title in log else "linear")
-        axes.legend()
+        axes.legend(**({"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(named) > 5 else {}))
     figure.savefig(buffer, format="png", dpi=100)
     write_atomically(f"{path}.png", buffer.getvalue())
     print(f"wrote {path}.csv, {path}.png", flush=True)
+
+
+def figure(args, figures):
+    """(the function that draws the figure asked for, whether it is of a run), or (None, True). Raises Problem unless
+    one thing is asked for, and for flags that the figure would ignore.
+
+    figures: {its flag: (function, the flags it heeds, in one string)}; of a run if --run is among them.
+    """
+    asked = [name for name in figures if getattr(args, name)]
+    evaluate = getattr(args, "evaluate", False)
+    if len(asked) + (args.train or args.sample or evaluate) != 1:
+        names = "--train, --sample, --evaluate" if evaluate or getattr(args, "task", None) else "--train, --sample"
+        raise Problem(f"say {names}, or both, or else one of --{', --'.join(figures)} (--help shows the rest)", 2)
+    if not asked:
+        return None, True
+    write, flags = figures[asked[0]]
+    heeded = {*flags.split(), *asked, "device", "precision"}
+    for name, value in vars(args).items():
+        if name not in heeded and value != args.parser.get_default(name):
+            raise Problem(f"--{name.replace('_', '-')} is not for --{asked[0]}", 2)
+    return write, "run" in flags.split()
+
+
+def forward_figure(script, way, settings, processes):
+    """Draw one image's way to noise, and beside it those that other scripts have left of the same image and noise.
+
+    way(x0, eps, t, ts): x0, eps: [11, C, S, S], one image and one noise, 11 times over, functions of the seed; t: [11],
+    from 0 to 1; ts: [100]. Returns (x_t [11, C, S, S] in [-1, 1], {curve's name: the signal to noise ratio at ts}). It
+    is asked twice, the second time with ε = 0, for what is left of the image. Into runs/forward-DATASET-SIZE/:
+    SCRIPT.png and SCRIPT.csv; and of all scripts forward.png, snr.csv and, by matplotlib, snr.png.
+    """
+    folder, generators = pathlib.Path("runs/forward-{dataset}-{image_size}".format_map(settings)), image_generators(
+        settings["seed"], [0])
+    images = load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
+    image = images[int(torch.randint(len(images), (), generator=generators[0]))]
+    t, ts = torch.linspace(0, 1, 11, dtype=torch.float64), (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    x0 = to_float(image)[None].double().cpu().repeat(11, 1, 1, 1)
+    eps = randn(x0[:1], generators).expand_as(x0)
+    (xt, snr), (kept, _) = way(x0, eps, t, ts), way(x0, torch.zeros_like(eps), t, ts)
+    with explained("use", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    labels, same = [f"t={float(each):.1f}" for each in t], digest({"image": image})
+    strip = picture(to_uint8(torch.cat([xt, kept])), 11, labels)
+    save_png(strip, folder / f"{script}.png", shows=same)
+    write_table(folder / f"{script}.csv", {"t": ts.tolist(), **{name: y.tolist() for name, y in snr.items()}})
+    strips, panel = {}, {}
+    for file in sorted({*folder.glob("*.png")} - {folder / "forward.png", folder / "snr.png"}):
+        with Image.open(file) as there:
+            if there.info.get("shows") == same:
+                strips[file.stem] = there.convert("RGB")
+    canvas = Image.new("RGB", (strip.width, len(strips) * (strip.height + 14)), "white")
+    for k, (name, there) in enumerate(strips.items()):
+        ImageDraw.Draw(canvas).text((2, k * (strip.height + 14) + 2), f"{name}.py", fill="black")
+        canvas.paste(there, (0, k * (strip.height + 14) + 14))
+        with open(folder / f"{name}.csv", newline="", encoding="utf-8") as file:
+            columns, *rows = csv.reader(file)
+        panel |= {column: [float(row[j]) for row in rows] for j, column in enumerate(columns) if j}
+    save_png(canvas, folder / "forward.png")
+    print(f"wrote {folder}/forward.png: {', '.join(strips)}", flush=True)
+    title = "signal to noise ratio"
+    curves(folder / "snr", ("t", ts.tolist()), {title: panel}, log=(title,))
+
+
+def solver_figure(draw, solvers, x, run, settings, args):
+    """Draw what each solver makes of the same three noises in 5, 10 and 20 network calls: solvers.png in the run.
+
+    draw(solver, steps, x1, generators) -> [3, C, S, S] in [-1, 1]; solvers: {name: network calls a step}; x: zeros.
+    """
+    tiles, budgets, seed = [], (5, 10, 20), settings["seed"] if args.seed is None else args.seed
+    for solver, calls in solvers.items():
+        tiles.append(torch.ones_like(x[:1]))
+        for budget in budgets:
+            generators = image_generators(seed, range(len(x)))
+            x1 = randn(x, generators).contiguous(memory_format=torch.channels_last)
+            tiles.append(draw(solver, max(1, budget // calls), x1, generators))
+    labels = [label for budget in budgets for label in (f"{budget} calls", *[""] * (len(x) - 1))]
+    canvas = picture(to_uint8(torch.cat(tiles)), 1 + len(labels), ["", *labels])
+    height = (canvas.height - 14 - 2) // len(solvers)
+    for k, solver in enumerate(solvers):
+        ImageDraw.Draw(canvas).text((4, 14 + k * height + height // 2 - 4), solver, fill="black")
+    save_png(canvas, run / "solvers.png")
+    print(f"wrote {run}/solvers.png: {', '.join(f'{name} ({n} a step)' for name, n in solvers.items())}", flush=True)
 
 
 def sample_folder(draw, n, folder, batch_size, identity, processes):
@@ -1247,11 +1336,16 @@ def parser(script, doc, defaults, paper, steps="10"):
         description=doc.split("\n\n")[0], epilog=(
             f"defaults by dataset, and the paper's own by --preset paper:\n\n{table}\n\n"
             f"for all: {', '.join(f'{key} {flag(first[key])}' for key in same)}").replace("_", "-"))
+    p.set_defaults(parser=p)
     names = ("what to do", "data", "training", "network", "method", "sampling", "machine")
     group = {name: p.add_argument_group(name) for name in names}
     add = group["what to do"].add_argument
     add("--train", action="store_true", help="train, or go on with what the run directory holds")
     add("--sample", action="store_true", help="sample, from the newest run unless --dataset or --run says which")
+    add("--forward", action="store_true", help="draw one image on its way to noise, beside the other scripts that did "
+        "so, and the signal to noise ratio, by matplotlib: runs/forward-DATASET-SIZE/")
+    add("--solvers", action="store_true", help="draw what each solver of a run makes of the same noise in 5, 10 and 20 "
+        "network calls: solvers.png")
     add("--run", metavar="DIR", help=f"the run directory (default: runs/{script}-DATASET)")
     add = group["data"].add_argument
     add("--dataset", choices=defaults, help="training images (default: shapes, drawn by the program)")
@@ -1353,21 +1447,18 @@ def check_task(settings, args):
         test_folder(settings, args)
 
 
-def open_run(script, args, defaults, paper, network_keys, tasks=None):
+def open_run(script, args, defaults, paper, network_keys, tasks=None, of_run=True):
     """Find the run that the flags mean, and its settings: defaults, overruled by its checkpoint, overruled by flags.
 
     Where there is a checkpoint only CHANGEABLE settings may differ from it. tasks: of a script that has --task, what
     each changes of the defaults: {task: {"all": ..., dataset: ..., "paper": ...}}, and under None the settings of
-    no task. Returns (run directory, settings, checkpoint or None); raises Problem for contradictions, spelling out the
-    difference.
+    no task. of_run=False: for a figure that needs no run, (None, settings, None). Returns (run directory, settings,
+    checkpoint or None); raises Problem for contradictions, spelling out the difference.
     """
     asked = getattr(args, "task", None)
-    if not (args.train or args.sample or getattr(args, "evaluate", False)):
-        others = ", --evaluate" if asked else ""
-        raise Problem(f"say --train, --sample{others}, or both (--help shows the rest)", 2)
     suffix = f"-{asked}" if asked else ""
     run = pathlib.Path(args.run or f"runs/{script}-{args.dataset or 'shapes'}{suffix}")
-    if not (args.run or args.train or args.dataset):
+    if of_run and not (args.run or args.train or args.dataset):
         found = pathlib.Path("runs").glob(f"{script}-*{suffix}/checkpoint.pt")
         found = sorted(found, key=lambda f: f.stat().st_mtime)
         if not found:
@@ -1375,7 +1466,7 @@ def open_run(script, args, defaults, paper, network_keys, tasks=None):
             raise Problem(f"there is no run of {what} under runs/ yet: train first, or say where with --run")
         run = found[-1].parent
     checkpoint = saved = None
-    if (run / "checkpoint.pt").exists() or not args.train:
+    if of_run and ((run / "checkpoint.pt").exists() or not args.train):
         checkpoint = load_checkpoint(run / "checkpoint.pt")
         saved = {**(tasks or {}).get(None, {}), **{k: v for k, v in checkpoint["network"].items() if k in network_keys},
                  **checkpoint["method"]}
@@ -1395,7 +1486,7 @@ def open_run(script, args, defaults, paper, network_keys, tasks=None):
     if dataset == "folder" and not saved and "data_dir" not in given:
         raise Problem("--dataset folder needs --data-dir, the folder of images", 2)
     if saved is None:
-        return run, {**known, **given}, None
+        return run if of_run else None, {**known, **given}, None
     if not args.train:
         given.pop("seed", None)             # then it is the samples' seed
     differences = [f"--{key.replace('_', '-')} {flag(saved[key])}, not {flag(value)}" for key, value in given.items()

@@ -443,6 +443,28 @@ def write_samples(run, settings, checkpoint, args, processes):
     data.draw_samples(draw, x, run, checkpoint, args, steps, options, processes)
 
 
+def write_forward(run, settings, checkpoint, args, processes):
+    """One image on its way to noise by the constant attenuation, and (1-t)² over the noise's variance."""
+    noise = settings["noise"]
+
+    def way(x0, eps, t, ts):
+        return diffuse(x0, draw_phi(x0), eps, t, noise=noise), {"ddm": ((1 - ts) / std(ts, noise)) ** 2}
+    data.forward_figure("ddm", way, settings, processes)
+
+
+def write_solvers(run, settings, checkpoint, args, processes):
+    """All solvers that this run's attenuation has, from the same noises."""
+    net, model, _, options = trained(run, settings, checkpoint, args, processes)
+    x = unet.batch_like(3, network_of(settings, image_channels(settings, checkpoint)), processes.device)
+    model = unet.fast(model, x, x.new_ones(len(x)))
+
+    def draw(solver, steps, x1, generators):
+        how = {**options, "solver": solver, "heads": heads_for(solver, args.heads, settings["h"])}
+        return sample(model, x1, steps, generator=generators, **how) / scale_of(settings)
+    names = ("ode2", "ode", "ddm") if settings["h"] == "constant" else ("ode", "ddm")
+    data.solver_figure(draw, dict.fromkeys(names, 1), x, run, settings, args)
+
+
 def painter(run, settings, checkpoint, args, processes):
     """How a run of a task answers conditions of any size: (draw(condition, generators, watch) -> x0, steps, options).
     """
@@ -519,6 +541,10 @@ TASKS = {
     "edges": {"all": {"sigma_data": 1.0}, "shapes": DEMO, "folder": PATCHES, "paper": {**SWIN, "image_size": 320}}}
 
 
+FIGURES = {"forward": (write_forward, "dataset data_dir image_size seed noise"),            # and the flags each heeds
+           "solvers": (write_solvers, "run dataset data_dir seed grid heads clip final_at_delta")}
+
+
 def arguments(argv=None):
     """Parse the command line; a flag that was not given is None (or False, if it is a switch)."""
     parser, group = data.parser("ddm", __doc__, DEFAULTS, PAPER, steps="10, or 5 for a task")
@@ -548,12 +574,16 @@ def arguments(argv=None):
 def main(argv=None):
     """The command line. Raises SystemExit: 1 or 2 with a sentence on stderr, 130 or 143 when stopped by a signal."""
     args = arguments(argv)
-    run, settings, checkpoint = data.open_run("ddm", args, DEFAULTS, PAPER, (*NETWORK, "encoder", "fuse"), TASKS)
+    write, of_run = data.figure(args, FIGURES)
+    run, settings, checkpoint = data.open_run(
+        "ddm", args, DEFAULTS, PAPER, (*NETWORK, "encoder", "fuse"), TASKS, of_run=of_run)
     with data.bad_arguments():                              # what can't go together is said before anything is started
         predictor(None, settings["predict"], settings["precondition"], h=settings["h"])
         heads_for(solver_of(settings, args), args.heads, settings["h"])
         args.trained_on = (checkpoint["method"] if checkpoint else settings)["data_dir"]
         data.check_task(settings, args)
+        if write and settings["task"] != "none":
+            raise ValueError(f"--solvers starts from noise alone, and {run} is of a task: try --evaluate")
         with torch.device("meta"):
             unet.UNet(**network_of(settings, 3))
     processes = data.start(args.device)
@@ -566,6 +596,8 @@ def main(argv=None):
     elif settings["task"] != "none":
         for evaluate in [True] * args.evaluate + [False] * args.sample:
             answer(run, settings, checkpoint, argparse.Namespace(**{**vars(args), "evaluate": evaluate}), processes)
+    if write and processes.rank == 0:                       # one process's work
+        write(run, settings, checkpoint, args, processes._replace(world=1))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ steps at once, by T small heads on one U-Net. No step back asks a network again.
     python pixel_aware.py --train --dataset cifar10      on CIFAR-10, in runs/pixel_aware-cifar10/
     python pixel_aware.py --sample                       one pass, from the newest run; --steps 10: ten passes
     python pixel_aware.py --algorithm1                   what Algorithm 1 makes of noises that are known
-    python pixel_aware.py --forward                      draw Figure 2; --strips, Figures 7 and 8A; --estimates, 3
+    python pixel_aware.py --moments                      draw Figure 2; --strips, Figures 7 and 8A; --estimates, 3
 
 Symbols, of the paper and of this code:
 
@@ -128,8 +128,8 @@ def variance(x_delta, i, T):
 
 
 def snr(x0, t, gamma):
-    """The signal to noise ratio at t in (0, 1]. (Eq. 10 has e^{-γ t x₀/T}: with t = i/T that divides by T twice.) This
-    and the next three are what the paper claims of the process; only tests call them, as they do `alpha`.
+    """The signal to noise ratio at t in (0, 1]. (Eq. 10 has e^{-γ t x₀/T}: with t = i/T that divides by T twice.) The
+    next three are what else the paper claims of the process; only tests call them, as they do `alpha`.
     """
     return x0 ** 2 / torch.expm1(gamma * t * x0)                                                        # Eq. 11, 16
 
@@ -668,12 +668,33 @@ def both_ways(x0, settings, generators):
 
 
 def write_forward(run, settings, checkpoint, args, processes):
-    """Figure 2: mean and variance of one image's first channel against i, and DDPM's: pixel_aware-forward.csv, .png."""
+    """One image on its way to noise, and the signal to noise ratio of three pixel values."""
+    def way(x0, eps, t, ts):
+        x, gamma, T = to_pixels(x0, settings["low"]), settings["gamma"], settings["T"]
+        names = {"white": 1.0, "half of it": 0.5, "a twentieth": 0.05}
+        return from_pixels(diffuse(x, eps, T * t, gamma, T), settings["low"]), {
+            f"pixel_aware, {name}": snr(torch.full_like(ts, value), ts, gamma) for name, value in names.items()}
+    data.forward_figure("pixel_aware", way, settings, processes)
+
+
+def write_solvers(run, settings, checkpoint, args, processes):
+    """Both solvers, from the same noises. A pass is a call of each of two networks."""
+    G, R, x = trained_models(run, settings, checkpoint, args, processes, 3)
+
+    options = solver_of(settings, args)[1]
+
+    def draw(mode, passes, x1, generators):
+        return sample(G, R, wide(x1), passes, generator=generators, **{**options, "mode": mode, "noise": True})
+    data.solver_figure(draw, {"mean": 2, "literal": 2}, x, run, settings, args)
+
+
+def write_moments(run, settings, checkpoint, args, processes):
+    """Figure 2: mean and variance of one image's first channel against i, and DDPM's: pixel_aware-moments.csv, .png."""
     x0, generators = shown_images(settings, args, processes, 1)
     paths = dict(zip(("pixel-aware", "DDPM"), both_ways(x0, settings, generators)))
     panels = {name: {path: [f(x[0, 0]).item() for x in images] for path, images in paths.items()}
               for name, f in (("mean", torch.mean), ("variance", torch.var))}
-    data.curves("pixel_aware-forward", ("i", [*range(settings["T"] + 1)]), panels)
+    data.curves("pixel_aware-moments", ("i", [*range(settings["T"] + 1)]), panels)
 
 
 def write_algorithm1(run, settings, checkpoint, args, processes, side=40):
@@ -772,6 +793,8 @@ NETWORK = ("width", "mult", "blocks", "attention", "dropout", "T", "gamma", "low
            "predict")
 
 FIGURES = {"forward": (write_forward, "dataset data_dir image_size T gamma low seed"),      # and the flags each heeds
+           "solvers": (write_solvers, "run dataset data_dir seed"),
+           "moments": (write_moments, "dataset data_dir image_size T gamma low seed"),
            "algorithm1": (write_algorithm1, "dataset data_dir image_size T gamma low seed"),
            "strips": (write_strips, "run dataset data_dir seed steps solver noise"),
            "estimates": (write_estimates, "run dataset data_dir seed n")}
@@ -781,7 +804,7 @@ def arguments(argv=None):
     """Parse the command line; a flag that was not given is None (or False, if it is a switch)."""
     parser, group = data.parser("pixel_aware", __doc__, DEFAULTS, PAPER, "1: passes of both networks")
     add = group["what to do"].add_argument
-    add("--forward", action="store_true", help="draw Figure 2, of a training image, here, by matplotlib")
+    add("--moments", action="store_true", help="draw Figure 2, of a training image, here, by matplotlib")
     add("--algorithm1", action="store_true", help="draw what Algorithm 1 makes of noises that are known, by matplotlib")
     add("--strips", action="store_true", help="draw Figures 7 and 8A, of a run: training images forward, and back")
     add("--estimates", action="store_true", help="draw Figure 3, of a run: how near its estimates are")
@@ -810,21 +833,8 @@ def arguments(argv=None):
 def main(argv=None):
     """The command line. Raises SystemExit: 1 or 2 with a sentence on stderr, 130 or 143 when stopped by a signal."""
     args = arguments(argv)
-    asked = [name for name in FIGURES if getattr(args, name)]
-    if len(asked) + (args.train or args.sample) != 1:
-        raise data.Problem(f"say --train, --sample, or both, or else one of --{', --'.join(FIGURES)}", 2)
-    write, flags = FIGURES[asked[0]] if asked else (None, "")
-    untouched = vars(arguments([]))
-    given = {key: value for key, value in vars(args).items() if value != untouched[key]}
-    refused = [key for key in given if asked and key not in (*flags.split(), *asked, "device", "precision")]
-    if refused:
-        raise data.Problem(f"--{refused[0].replace('_', '-')} is not for --{asked[0]}", 2)
-    if "run" in flags or not asked:
-        opening = argparse.Namespace(**{**vars(args), "sample": not args.train})
-        run, settings, checkpoint = data.open_run("pixel_aware", opening, DEFAULTS, PAPER, NETWORK)
-    else:                                                   # of images alone
-        known = {"dataset": "shapes", "data_dir": "data", **DEFAULTS[args.dataset or "shapes"]}
-        run, settings, checkpoint = None, {key: given.get(key, value) for key, value in known.items()}, None
+    write, of_run = data.figure(args, FIGURES)
+    run, settings, checkpoint = data.open_run("pixel_aware", args, DEFAULTS, PAPER, NETWORK, of_run=of_run)
     with data.bad_arguments():                              # what can't go together is said before anything is started
         solver_of(settings, args)
         if run:

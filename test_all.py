@@ -3695,6 +3695,100 @@ def drawn(monkeypatch):
     return shown
 
 
+def test_forward_figures_stand_side_by_side(empty, capsys, drawn):
+    """--forward needs no run. Every script draws the same image and the same noise, above what is left of the image
+    alone; and beside itself the other scripts, but not another image's. The signal to noise ratio is, in each, what
+    the process makes of an image of ones over what it makes of a noise of ones. Catches a ratio of amplitudes, a time
+    upside down, and pictures of two images in one.
+    """
+    for script in (ddm, blurring, angular, pixel_aware):
+        _, out, _ = run_main(capsys, "--forward", status=0, script=script)
+    folder, names = empty / "runs" / "forward-shapes-16", ["angular", "blurring", "ddm", "pixel_aware"]
+    assert f"forward.png: {', '.join(names)}" in out and drawn[-8:] == [
+        *("angular", "blurring, mean colour", "blurring, middle frequency", "blurring, highest frequency", "ddm"),
+        *("pixel_aware, white", "pixel_aware, half of it", "pixel_aware, a twentieth"),
+    ]
+    first = [np.asarray(Image.open(folder / f"{name}.png"), int)[16:80, 2:66] for name in names]
+    assert all(np.abs(image - first[0]).max() <= 5 for image in first)  # blurring begins with a noise of .007
+    height = 14 + 2 * 66 + 2 + 14
+    assert Image.open(folder / "forward.png").size == (11 * 66 + 2, 4 * height)
+    left = np.asarray(Image.open(folder / "ddm.png"), int)[82:146, 2 + 5 * 66 : 66 + 5 * 66]  # t = .5, without noise
+    np.testing.assert_allclose(left, (first[2] + 127.5) / 2, atol=1.01)
+
+    curves, zero = curves_of(folder / "snr.csv"), torch.zeros(100, 1, 16, 16, dtype=torch.float64)
+    one, t = zero + 1, torch.from_numpy(curves["t"])
+
+    def check(name, image, noise):
+        shown = curves[f"signal to noise ratio, {name}"]
+        assert (np.diff(shown) < 0).all() and 0 < t.min() and t.max() < 1
+        np.testing.assert_allclose(shown, (image / noise).flatten(1)[:, 0].square().numpy(), rtol=1e-4)
+
+    phi = ddm.draw_phi(one)
+    check("ddm", ddm.diffuse(one, phi, zero, t), ddm.diffuse(zero, 0 * phi, one, t))
+    eta = t * HALF_PI
+    check("angular", angular.diffuse(one, zero, eta), angular.diffuse(zero, one, eta))
+    for name, k in (("mean colour", 0), ("middle frequency", 8), ("highest frequency", 15)):
+        u = zero.clone()
+        u[..., k, k] = 1
+        kept = blurring.dct(blurring.diffuse(blurring.idct(u), zero, t, sigma_blur_max=4.0))[..., k, k, None, None]
+        check(f"blurring, {name}", kept, blurring.diffuse(zero, one, t))
+    for name, value in (("white", 1), ("half of it", 0.5), ("a twentieth", 0.05)):
+        clean = pixel_aware.diffuse(value * one, zero, 200 * t, 20, 200)
+        check(f"pixel_aware, {name}", clean, pixel_aware.diffuse(value * one, one, 200 * t, 20, 200) - clean)
+    run_main(capsys, "--forward", "--seed", 1, status=0, script=ddm)
+    assert Image.open(folder / "forward.png").size == (11 * 66 + 2, height)
+
+
+@SCRIPTS
+def test_solver_figures_show_what_sampling_draws(script, empty, capsys):
+    """--solvers: from the same noises, each solver's images in 5, 10 and 20 network calls are those of --sample with
+    as many. Catches steps for calls, fresh noise, and a solver under another's name.
+    """
+    more = ["--T", 30, "--latent", 16] if script is pixel_aware else []
+    run_main(capsys, "--train", *TINY, *more, "--iterations", 3, "--lr", 0.05, status=0, script=script)
+    _, out, _ = run_main(capsys, "--solvers", status=0, script=script)
+    run = empty / "runs" / f"{script.__name__}-shapes"
+    solvers = re.findall(r"(\w+) \((\d) a step\)", out)
+    picture = np.asarray(Image.open(run / "solvers.png"), int)
+    assert picture.shape == (14 + 66 * len(solvers) + 2, 10 * 66 + 2, 3) and len(solvers) == len({*solvers})
+    known = {ddm: 3, blurring: 3, angular: len(angular.SOLVERS), pixel_aware: 2}
+    assert len(solvers) == known[script]
+    for row, (solver, cost) in enumerate(solvers):
+        for column, calls in enumerate((5, 10, 20)):
+            if (column, row) not in ((0, 0), (1, 1), (2, len(solvers) - 1), (0, 3)):
+                continue
+            flags = ["--sample", "--solver", solver, "--steps", max(1, calls // int(cost)), "--n", 3]
+            run_main(capsys, *flags, status=0, script=script)
+            drawn = np.asarray(Image.open(run / "samples.png"), int)
+            for k, (i, j) in enumerate(((0, 0), (0, 1), (1, 0))):  # a grid of two columns
+                tile = picture[16 + 66 * row :, 2 + 66 * (1 + 3 * column + k) :][:64, :64]
+                assert np.abs(tile - drawn[2 + 66 * i :, 2 + 66 * j :][:64, :64]).max() <= 1, (solver, calls)
+
+
+@SCRIPTS
+def test_figures_refuse_what_they_would_ignore(script, empty, capsys):
+    """A figure is drawn alone, and every flag that it would not heed is refused by name, exit 2; one that needs a run
+    says so. Catches a flag silently ignored.
+    """
+    for flags, status in (
+        ("--forward --sample", 2),
+        ("--forward --solvers", 2),
+        ("--forward --n 3", 2),
+        ("--forward --run there", 2),
+        ("--forward --dataset folder", 2),
+        ("--solvers --steps 3", 2),
+        ("--solvers --image-size 16", 2),
+        ("--solvers --compile", 2),
+        ("--solvers", 1),
+        ("", 2),
+    ):
+        _, _, err = run_main(capsys, *flags.split(), status=status, script=script)
+        assert err.strip() and "Traceback" not in err, flags
+        named = flags.split()[1:2]
+        assert status == 1 or not named or named[0].strip("-") in err, flags
+    assert not (empty / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "flags,said",
     [
@@ -3761,19 +3855,19 @@ def test_pixel_aware_wrong_flags_are_sentences(empty, capsys, monkeypatch):
         "--train --heads 1",
         "--strips --n 3",
         "--strips --save-every 3",
-        "--forward --no-noise",
+        "--moments --no-noise",
         "--train --image-size 24",
         "--train --image-size 2",
         "--train --width 12",
         "--train --solver euler",
-        "--train --forward",
-        "--forward --algorithm1",
-        "--forward --steps 3",
+        "--train --moments",
+        "--moments --algorithm1",
+        "--moments --steps 3",
         "--algorithm1 --iterations 9",
         "--strips --out q",
         "--estimates --steps 2",
         "--estimates --kl 0",
-        "--forward --dropout 0",
+        "--moments --dropout 0",
         "",
     ):
         _, _, err = run_main(capsys, *flags.split(), status=2, script=pixel_aware)
@@ -3786,8 +3880,8 @@ def test_pixel_aware_figures(empty, capsys, drawn):
     what the figures say: a mean that falls and a variance that grows, an error of the closed form's size and one of
     nothing.
     """
-    _, out, _ = run_main(capsys, "--forward", "--image-size", 32, status=0, script=pixel_aware)
-    curves = curves_of(empty / "pixel_aware-forward.csv")
+    _, out, _ = run_main(capsys, "--moments", "--image-size", 32, status=0, script=pixel_aware)
+    curves = curves_of(empty / "pixel_aware-moments.csv")
     ours, ddpm = curves["mean, pixel-aware"], curves["mean, DDPM"]
     assert len(ours) == 201 and ours[0] == ddpm[0] > 0.1 and abs(ours[50:].mean()) < ddpm[50:].mean()
     assert curves["variance, pixel-aware"][100] > curves["variance, DDPM"][100] + 0.2
