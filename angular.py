@@ -190,7 +190,8 @@ def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="squared"):
 # ------------------------------------------------------------------------------------------------------- 4 sampler
 
 SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "ddim2": 1, "cold": 1, "ddpm": 1}   # calls a step
-HEADS = ("ddim", "ddim2", "ddpm")       # to these it matters whether two heads are projected; to a velocity it does not
+HEADS = ("ddim", "ddim2", "ddpm")       # to these it matters whether two heads are projected; to a velocity (without
+                                        # clipping) it does not
 
 
 def calls(solver, steps, last=None):
@@ -395,11 +396,11 @@ def write_solvers(run, settings, checkpoint, args, processes):
     data.solver_figure(draw, {name: n for name, n in SOLVERS.items() if name not in unfit}, x, run, settings, args)
 
 
-def write_schedules(run, settings, checkpoint, args, processes, T=1000):
+def write_schedules(run, settings, checkpoint, args, processes):
     """Figures 2 and 3, β_t and ᾱ_t of the three schedules: angular-schedules.csv and .png."""
-    i, names = torch.arange(1, T + 1), ("angular", "linear", "jsd")
-    betas = {name: beta(i, T, name).tolist() for name in names} | {"jsd as printed, 1/t": (1 / i).tolist()}
-    alpha_bars = {name: alpha_bar(i, T, name).tolist() for name in names}
+    i, T = torch.arange(1, 1001), 1000
+    betas = {name: beta(i, T, name).tolist() for name in SCHEDULES} | {"jsd as printed, 1/t": (1 / i).tolist()}
+    alpha_bars = {name: alpha_bar(i, T, name).tolist() for name in SCHEDULES}
     data.curves("angular-schedules", ("t", i.tolist()), {"β_t": betas, "ᾱ_t": alpha_bars}, log=("β_t",))
 
 

@@ -398,6 +398,7 @@ def solver_of(settings, args, solver=None):
              "--schedule log starts at half a pixel: --sigma-blur-max must be more"),
             (solver not in solvers, f"--process {process} has no solver {solver}: choose from {', '.join(solvers)}"),
             (args.eta and solver != "ddim", f"--eta is for --solver ddim, not {solver}"),
+            (args.delta is not None and solver != "ihdm", f"--delta is for --solver ihdm, not {solver}"),
             (args.clip and solver == "ihdm", "--clip is for estimates of the image, and IHDM's network makes none"),
             (solver == "ihdm" and steps != levels,
              f"IHDM's network knows the way from each level to the next only: --steps {levels}"),
@@ -406,7 +407,8 @@ def solver_of(settings, args, solver=None):
             raise ValueError(sentence)
     safe = predict in ("x0", "v") or predict == "eps" and settings["sigma_blur_max"] == 0
     options = {"solver": solver, "clip": safe if args.clip is None else args.clip, **blur_of(settings)}
-    options |= {"eta": args.eta} if solver == "ddim" else {"delta": args.delta} if solver == "ihdm" else {}
+    delta = 0.025 if args.delta is None else args.delta
+    options |= {"eta": args.eta} if solver == "ddim" else {"delta": delta} if solver == "ihdm" else {}
     return steps, options
 
 
@@ -513,7 +515,7 @@ def arguments(argv=None):
     add("--eta", type=data.number(float, 0, 1), default=0.0, help="of ddim: 0, deterministic, to 1, ancestral (0)")
     add("--clip", action=argparse.BooleanOptionalAction,
         help="keep every estimate x̂₀ in [-1, 1] (default: not where the network names ε and there is blur)")
-    add("--delta", type=data.number(float, 0), default=0.025, help="IHDM's sampling noise (default: 0.025)")
+    add("--delta", type=data.number(float, 0), help="IHDM's sampling noise (default: 0.025)")
     return parser.parse_args(argv)
 
 

@@ -26,7 +26,8 @@ to its whole group, and in narrow networks a group is a channel or a few.)
 A condition, an image the network is told, has an encoder of its own (the papers' "Cond" branch); `windowed` calls the
 network on images larger than it was trained on.
 
-    python unet.py [--device cuda]     parameters, FLOPs and images/s on this machine
+    python unet.py [--compile]         parameters, FLOPs and images/s on this machine; --sweep: against batch, size and
+                                       steps; --profile: what the time goes to
 
 `fast` makes a call cheap where Python is slower than the GPU; the samplers stay plain loops.
 """
@@ -471,16 +472,24 @@ def parallel(net, device, world=1, compile=False):
     return net
 
 
+def rates(calls, batch, device, rounds=5):
+    """{name: images/s} of calls on a batch, after a warm-up taken by turns, so that a busy moment hits all alike: the
+    median of the rounds.
+    """
+    times = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            times[name].append(time.perf_counter() - began)
+    return {name: batch / sorted(each[1:])[rounds // 2] for name, each in times.items()}
+
+
 def seconds(call, device, repeats=5):
     """The median time of call() in seconds, after one warm-up call, waiting for the device each time."""
-    def once():
-        began = time.perf_counter()
-        call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter() - began
-    once()
-    return sorted(once() for _ in range(repeats))[repeats // 2]
+    return 1 / rates({"": call}, 1, device, repeats)[""]
 
 
 def warn_cost(model, shape, batch_size, steps, processes, condition=0):
@@ -517,31 +526,94 @@ def training_step(net, x, t, optimizer, bf16=False):
     optimizer.zero_grad(set_to_none=True)
 
 
-def report(name, batch, device, compile=False, **arguments):
-    """Print the parameters, FLOPs and images/s of UNet(**arguments) for a training step and a sampling call on this
-    device.
+def variants(batch, device, compile=False, **arguments):
+    """(net, x, t, {name: call}): UNet(**arguments), a batch for it, and the ways to run it on this device. Each call is
+    a training step's work, or a sampler's one call.
     """
     net = UNet(**arguments).to(device, memory_format=torch.channels_last)
     size, channels = arguments.get("size", 32), arguments.get("channels", 3)
     x = torch.randn(batch, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    t = torch.rand(batch, device=device)
-    bf16 = use_bf16("auto", device)
-    work = flops(net, x[:1], t[:1])
+    t, bf16 = torch.rand(batch, device=device), use_bf16("auto", device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
-    model = parallel(net, device, compile=compile)
-    train = seconds(lambda: training_step(model, x, t, optimizer, bf16), device)
-    net.eval()
+    quick = torch.compile(net) if compile else None
 
-    def call(x, t):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            return net(x, t)
-    with torch.no_grad():
-        model = fast(call, x, t)
-        draw = seconds(lambda: model(x, t), device)
-    parameters = sum(p.numel() for p in net.parameters())
-    print(f"{name:24} {parameters / 1e6:6.2f} M parameters {work / 1e9:8.3f} GFLOPs a call   "
-          f"training {batch / train:8,.1f} images/s ({3 * work * batch / train / 1e12:6.2f} TFLOP/s)   "
-          f"sampling {batch / draw:8,.1f} images/s and call", flush=True)
+    def training(model):
+        def call():
+            net.train()
+            training_step(model, x, t, optimizer, bf16)
+        return call
+
+    def evaluated(model):
+        def call(x, t):
+            net.eval()
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                return model(x, t)
+        return call
+
+    calls = {"training": training(net), "sampling": lambda: evaluated(net)(x, t)}
+    if compile:
+        calls |= {"training, compiled": training(quick), "sampling, compiled": lambda: evaluated(quick)(x, t)}
+    if device.type == "cuda":
+        graph = fast(evaluated(net), x, t)
+        calls["sampling, CUDA graph"] = lambda: graph(x, t)
+    return net, x, t, calls
+
+
+def report(name, batch, device, compile=False, **arguments):
+    """Print the parameters, FLOPs and images/s of UNet(**arguments) on this device, each way to run it."""
+    net, x, t, calls = variants(batch, device, compile, **arguments)
+    work = flops(net, x[:1], t[:1])
+    print(f"{name}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {work / 1e9:.3f} GFLOPs a call")
+    best = peak(device)
+    for way, rate in rates(calls, batch, device).items():
+        done = rate * work * (3 if way.startswith("training") else 1) / 1e12            # backward costs two forward
+        print(f"    {way:24} {rate:10,.1f} images/s   {done:8.3g} TFLOP/s, {done / best:4.0%} of a large matrix product's "
+              f"{best:.3g}", flush=True)
+
+
+def peak(device):
+    """TFLOP/s of a large product of matrices, as the network computes: in bf16 on a GPU that has it, else in fp32."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if use_bf16("auto", device) else torch.float32)
+    return 2 * n ** 3 / seconds(lambda: a @ a, device) / 1e12
+
+
+def sweep(device, arguments):
+    """Print images/s against the batch, the image size, and a sampler's number of steps."""
+    def listed(got):
+        return "   ".join(f"{way} {rate:,.1f} images/s" for way, rate in got.items())
+
+    many = (8, 32, 128, 512) if device.type == "cuda" else (1, 4, 16, 32, 64, 128)
+    for batch in many:
+        got = rates(variants(batch, device, **arguments)[3], batch, device, 3)
+        print(f"batches of {batch:4}: {listed(got)}", flush=True)
+    for size in (16, 32, 64):
+        batch = max(1, many[-2] * 16 ** 2 // size ** 2)
+        got = rates(variants(batch, device, **{**arguments, "size": size})[3], batch, device, 3)
+        print(f"{size}x{size}, batches of {batch:4}: {listed(got)}", flush=True)
+    *_, calls = variants(many[-2], device, **arguments)
+    call = calls.get("sampling, CUDA graph", calls["sampling"])
+    for steps in (1, 5, 10, 20, 50):
+        took = seconds(lambda: [call() for _ in range(steps)], device, 3)
+        print(f"{steps:2} network calls an image, batches of {many[-2]}: {many[-2] / took:,.1f} images/s", flush=True)
+
+
+def profile(batch, device, arguments):
+    """Print what a training step and a sampler's call spend their time on, by torch's profiler."""
+    *_, calls = variants(batch, device, **arguments)
+    for way, call in calls.items():
+        call()
+        with torch.profiler.profile() as taken:
+            call()
+        on = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        table = sorted(taken.key_averages(), key=lambda row: -getattr(row, on))
+        total = sum(getattr(row, on) for row in table)
+        print(f"{way}, a batch of {batch}: {total / 1e3:,.1f} ms")
+        for row in table[:8]:
+            print(f"    {getattr(row, on) / total:6.1%}  {row.count:5} calls  {row.key[:80]}", flush=True)
+
+
+DEMO = dict(width=32, mult=(1, 2, 2), blocks=1, attention=(8,), size=16, dropout=0.0, second="conv")
 
 
 def main(argv=None):
@@ -549,19 +621,27 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python unet.py", description="What the shared U-Net costs on this machine.")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the GPU where there is one")
     parser.add_argument("--batch-size", type=int, help="images a call (default: 128 on a GPU, 8 on a CPU)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    parser.add_argument("--compile", action="store_true", help="torch.compile's images/s too, after minutes of compiling")
+    parser.add_argument("--sweep", action="store_true", help="instead: images/s against batch, size and steps, of the "
+                        "demo's network on a CPU and CIFAR-10's on a GPU")
+    parser.add_argument("--profile", action="store_true", help="instead: what CIFAR-10's network spends its time on")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device on this machine")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error("--batch-size must be at least 1")
+    if args.sweep + args.profile + args.compile > 1 or args.sweep and args.batch_size:
+        parser.error("--sweep, --profile and --compile go alone, and --sweep has batch sizes of its own")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     batch = args.batch_size or (128 if device.type == "cuda" else 8)
     torch.backends.cudnn.benchmark = True
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"PyTorch {torch.__version__}, {where}, batches of {batch}, {'bf16' if use_bf16('auto', device) else 'fp32'}")
-    demo = {"width": 32, "mult": (1, 2, 2), "blocks": 1, "attention": (8,), "size": 16, "dropout": 0.0}
-    report("demo (shapes, 16x16)", batch, device, args.compile, **demo, second="conv")
+    if args.sweep:
+        return sweep(device, {"outputs": (3,)} if device.type == "cuda" else DEMO)
+    if args.profile:
+        return profile(batch, device, {"outputs": (3,)})
+    report("demo (shapes, 16x16)", batch, device, args.compile, **DEMO)
     report("CIFAR-10, one output", batch, device, args.compile, outputs=(3,))
     report("CIFAR-10, U-Net+conv", batch, device, args.compile, second="conv")
     report("CIFAR-10, U-Net+decoder", batch, device, args.compile)
