@@ -417,8 +417,7 @@ def trained_model(run, settings, checkpoint, args, processes, n):
     network = network_of(settings, checkpoint["network"].get("channels", 3))
     net = unet.create(network, processes.device)[1]
     data.restore(run, checkpoint, ema=net)
-    x = unet.batch_like(n, network, processes.device)
-    return unet.fast(predictor_of(net, settings, args, processes), x, x.new_ones(len(x))), x
+    return unet.fast_batch(predictor_of(net, settings, args, processes), n, network, processes.device)
 
 
 def write_samples(run, settings, checkpoint, args, processes):

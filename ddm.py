@@ -43,7 +43,8 @@ Where this differs from the paper, and why:
 - Solvers: Algorithm 2 (ddm), the deterministic step of the same process (ode), and a second-order multistep one
   (ode2), which the papers leave to future work. Grids: t = u² with even u, where the papers have even t.
 - "Arbitrary step size" (Sec. IV-B) is true given x₀. With the network's mean in its place, large steps of Eq. 11 give
-  samples that are too narrow: data of standard deviation .5 come out at .301 in 5 exact steps, .369 in 10.
+  samples that are too narrow: with the exact mean and even t, data of standard deviation .5 come out at .301 in 5
+  steps, .369 in 10.
 - λ₂ of "edm" is infinite at t = 1 as printed: in the weights, times are kept δ away from both ends.
 - A randomly drawn `a` can't be learnt: x_t explains at most 1/28 of its variance in a t + c, so the loss on φ has a
   floor. That, more than the network, is why the constant wins the papers' comparison of attenuations.
@@ -71,6 +72,7 @@ import unet
 # ------------------------------------------------------------------------------------------------------ 1 schedule
 
 ATTENUATIONS = {"constant": 1, "linear": 2, "quadratic": 3, "exponential": 2, "sine": 1}    # h: its K parameters
+GRIDS = {"quadratic": 2, "uniform": 1}      # t is this power of evenly spaced u
 SINE_BOUND = 0.724611           # the largest |x₀| that (1 - cos a)/a reaches,
 SINE_RANGE = 2.331122           # at a = ± this, the ends of its principal branch
 
@@ -145,10 +147,12 @@ def times(steps, grid="quadratic", delta=1e-3, final=False):
     """The sampler's times [1, ..., 0]: `steps` of them see the network, and none of those is below delta.
 
     grid: "uniform" in t (Algorithm 2), or "quadratic", t = u² with uniform u, which takes small steps where √t is
-    steep. final=True puts the last call at delta, the paper's "final denoising step"; otherwise the steps are equal
-    down to 0, or, where their last call would be below delta, down to delta.
+    steep. final=True puts the last call at delta, the paper's "final denoising step"; otherwise the steps in u are
+    equal down to 0, or, where their last call would be below delta, down to delta. Raises ValueError.
     """
-    power = 2 if grid == "quadratic" else 1
+    if grid not in GRIDS:
+        raise ValueError(f"there is no grid {grid}")
+    power = GRIDS[grid]
     last = delta ** (1 / power) if final else max(delta ** (1 / power), 1 / steps)
     u = [1 - i * (1 - last) / max(1, steps - 1) for i in range(steps)]
     return [max(v ** power, delta) for v in u] + [0.0]
@@ -251,7 +255,7 @@ def ode_step(xt, phi, eps, t, r, h="constant", noise="sqrt", heads="image"):
 
     With exact heads the three forms are one. With a trained network they differ in what becomes of the residual
     x_t - x̂₀ - H_t - √t ε̂: "forget" drops x_t, and so puts the residual into the image anew at every step; "both"
-    carries it along; "image" counts it as noise.
+    carries it along; "image" counts it as noise, and so never looks at ε̂.
     """
     x0, n_t, n_r = image_of(phi, h), like_image(std(t, noise)), like_image(std(r, noise))
     if heads == "forget":
@@ -433,9 +437,8 @@ def image_channels(settings, checkpoint):
 def write_samples(run, settings, checkpoint, args, processes):
     """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
     net, model, steps, options = trained(run, settings, checkpoint, args, processes)
-    args.n = args.n or 64
-    x = unet.batch_like(args.n, network_of(settings, image_channels(settings, checkpoint)), processes.device)
-    model = unet.fast(model, x, x.new_ones(len(x)))
+    args.n, network = args.n or 64, network_of(settings, image_channels(settings, checkpoint))
+    model, x = unet.fast_batch(model, args.n, network, processes.device)
 
     def draw(x1, generators, watch):
         return sample(model, x1, steps, generator=generators, watch=watch, **options) / scale_of(settings)
@@ -455,8 +458,8 @@ def write_forward(run, settings, checkpoint, args, processes):
 def write_solvers(run, settings, checkpoint, args, processes):
     """All solvers that this run's attenuation has, from the same noises."""
     net, model, _, options = trained(run, settings, checkpoint, args, processes)
-    x = unet.batch_like(3, network_of(settings, image_channels(settings, checkpoint)), processes.device)
-    model = unet.fast(model, x, x.new_ones(len(x)))
+    network = network_of(settings, image_channels(settings, checkpoint))
+    model, x = unet.fast_batch(model, 3, network, processes.device)
 
     def draw(solver, steps, x1, generators):
         how = {**options, "solver": solver, "heads": heads_for(solver, args.heads, settings["h"])}
@@ -560,7 +563,7 @@ def arguments(argv=None):
     add("--delta", type=data.number(float, 0, 0.1, above=True), help="the smallest time, in (0, 0.1]")
     add = group["sampling"].add_argument
     add("--solver", choices=("ode2", "ode", "ddm"), help="second order (default), first, or Algorithm 2 (stochastic)")
-    add("--grid", choices=("quadratic", "uniform"), help="times t = u² (default), or equal steps of t as the paper")
+    add("--grid", choices=GRIDS, help="times t = u² (default), or equal steps of t as the paper")
     add("--heads", choices=("project", "image", "both", "forget"),
         help="what to make of heads that disagree (default: both for ddm, else project)")
     add("--clip", action="store_true", help="keep every estimate x̂₀ in [-1, 1]")

@@ -75,7 +75,8 @@ import unet
 
 # ------------------------------------------------------------------------------------------------------ 1 schedule
 
-LOW, GRIDS = 4e-3, ("uniform", "quadratic")         # the least pixel value, where 0 would never fade
+LOW = 4e-3                                          # the least pixel value: 0 would never fade
+GRIDS = {"uniform": 1, "quadratic": 2}              # p, of a trajectory whose step j lies at i = j^p / T^{p-1}
 
 
 def like_image(i):
@@ -104,12 +105,12 @@ def alpha(x_delta, T):
 
 
 def place(j, T, grid="uniform"):
-    """Where the trajectory's step j lies: at i = j, as in the paper, or ("quadratic") at i = j²/T. j: number or tensor.
+    """Where the trajectory's step j lies: i = j, as in the paper, or by GRIDS i = j²/T. j: a number or a tensor.
 
     With even steps the first alone adds noise of √(γ x₀/T), .22 at x₀ = .5 where γ/T is .1, and no way back can do
     better than to take that out at once. All functions here take any real i in [0, T].
     """
-    return j if grid == "uniform" else j * j / T
+    return j ** GRIDS[grid] / T ** (GRIDS[grid] - 1)
 
 
 def log_alpha_bar(x_delta, i, T):
@@ -348,7 +349,7 @@ class Noises:
     """
 
     def __init__(self, net, raw, xi, scale, t):
-        j = (net.T * (t if net.grid == "uniform" else t.sqrt())).round().to(xi.dtype)
+        j = (net.T * t ** (1 / GRIDS[net.grid])).round().to(xi.dtype)
         self.net, self.raw, self.seen = net, raw, (xi, scale, place(j, net.T, net.grid))
 
     def __getitem__(self, index):
