@@ -417,6 +417,7 @@ def trained_model(run, settings, checkpoint, args, processes, n):
     network = network_of(settings, checkpoint["network"].get("channels", 3))
     net = unet.create(network, processes.device)[1]
     data.restore(run, checkpoint, ema=net)
+    net = unet.parallel(net, processes.device, compile=args.compile)
     return unet.fast_batch(predictor_of(net, settings, args, processes), n, network, processes.device)
 
 

@@ -1373,7 +1373,8 @@ def parser(script, doc, defaults, paper, steps="10"):
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="of the layers; auto: bf16 if a GPU has it; fp32: with TF32 products there (default: auto)")
-    add("--compile", action="store_true", help="torch.compile the training: minutes at the start, then faster steps")
+    add("--compile", action="store_true", help="torch.compile the network, in training and in sampling: minutes at first, "
+        "and then faster")
     return p, group
 
 

@@ -424,7 +424,8 @@ def trained(run, settings, checkpoint, args, processes):
                "final": args.final_at_delta, "h": settings["h"], "noise": settings["noise"],
                "delta": settings["delta"]}
     steps = 1 if settings["regression"] else args.steps or (10 if settings["task"] == "none" else 5)
-    return net, predictor_of(net, settings, args, processes), steps, options
+    model = predictor_of(unet.parallel(net, processes.device, compile=args.compile), settings, args, processes)
+    return net, model, steps, options
 
 
 def image_channels(settings, checkpoint):

@@ -575,6 +575,7 @@ def trained_models(run, settings, checkpoint, args, processes, n):
     z = x.new_zeros(len(x), settings["latent"])
 
     def fast(call, *inputs):
+        call = unet.parallel(call, processes.device, compile=args.compile)
         return unet.fast(predictor(call, args, processes), *inputs)
 
     vae = fast(lambda *inputs: net.vae(*inputs)[:1], x, t, z)

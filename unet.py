@@ -469,7 +469,7 @@ def use_bf16(precision, device):
 
 
 def parallel(net, device, world=1, compile=False):
-    """The network to call in training: compiled by flag, and with gradients averaged between `world` processes."""
+    """The network to call: compiled by flag, and in training with gradients averaged between `world` processes."""
     if compile:
         net = torch.compile(net)
     if world > 1:
@@ -566,22 +566,19 @@ def variants(batch, device, compile=False, **arguments):
 
 
 def report(name, batch, device, compile=False, **arguments):
-    """Print the parameters, FLOPs and images/s of UNet(**arguments) on this device, each way to run it."""
+    """Print the parameters, FLOPs and images/s of UNet(**arguments) on this device, each way to run it; and how that
+    compares with a large product of matrices in the same precision, timed between.
+    """
     net, x, t, calls = variants(batch, device, compile, **arguments)
-    work = flops(net, x[:1], t[:1])
-    print(f"{name}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {work / 1e9:.3f} GFLOPs a call")
-    best = peak(device)
-    for way, rate in rates(calls, batch, device).items():
-        done = rate * work * (3 if way.startswith("training") else 1) / 1e12            # backward costs two forward
-        print(f"    {way:24} {rate:10,.1f} images/s   {done:8.3g} TFLOP/s, {done / best:4.0%} of a large matrix product's "
-              f"{best:.3g}", flush=True)
-
-
-def peak(device):
-    """TFLOP/s of a large product of matrices, as the network computes: in bf16 on a GPU that has it, else in fp32."""
-    n = 8192 if device.type == "cuda" else 2048
+    work, n = flops(net, x[:1], t[:1]), 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if use_bf16("auto", device) else torch.float32)
-    return 2 * n ** 3 / seconds(lambda: a @ a, device) / 1e12
+    print(f"{name}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {work / 1e9:.3f} GFLOPs a call")
+    got = rates({**calls, "product": lambda: a @ a}, batch, device)
+    best = 2 * n ** 3 * got.pop("product") / batch / 1e12
+    for way, rate in got.items():
+        done = rate * work * (3 if way.startswith("training") else 1) / 1e12            # backward costs two forward
+        print(f"    {way:24} {rate:10,.1f} images/s   {done:8.3g} TFLOP/s, {done / best:4.0%} of a large product's "
+              f"{best:.3g}", flush=True)
 
 
 def sweep(device, arguments):
@@ -604,7 +601,7 @@ def sweep(device, arguments):
         print(f"{steps:2} network calls an image, batches of {many[-2]}: {many[-2] / took:,.1f} images/s", flush=True)
 
 
-def profile(batch, device, arguments):
+def profile(name, batch, device, **arguments):
     """Print what a training step and a sampler's call spend their time on, by torch's profiler."""
     *_, calls = variants(batch, device, **arguments)
     for way, call in calls.items():
@@ -614,7 +611,7 @@ def profile(batch, device, arguments):
         on = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
         table = sorted(taken.key_averages(), key=lambda row: -getattr(row, on))
         total = sum(getattr(row, on) for row in table)
-        print(f"{way}, a batch of {batch}: {total / 1e3:,.1f} ms")
+        print(f"{name}, {way}, a batch of {batch}: {total / 1e3:,.1f} ms")
         for row in table[:8]:
             print(f"    {getattr(row, on) / total:6.1%}  {row.count:5} calls  {row.key[:80]}", flush=True)
 
@@ -630,7 +627,8 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile's images/s too, after minutes of compiling")
     parser.add_argument("--sweep", action="store_true", help="instead: images/s against batch, size and steps, of the "
                         "demo's network on a CPU and CIFAR-10's on a GPU")
-    parser.add_argument("--profile", action="store_true", help="instead: what CIFAR-10's network spends its time on")
+    parser.add_argument("--profile", action="store_true", help="instead: what the demo's and CIFAR-10's networks spend "
+                        "their time on")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device on this machine")
@@ -646,7 +644,8 @@ def main(argv=None):
     if args.sweep:
         return sweep(device, {"outputs": (3,)} if device.type == "cuda" else DEMO)
     if args.profile:
-        return profile(batch, device, {"outputs": (3,)})
+        profile("demo", args.batch_size or 32, device, **DEMO)
+        return profile("CIFAR-10, one output", batch, device, outputs=(3,))
     report("demo (shapes, 16x16)", batch, device, args.compile, **DEMO)
     report("CIFAR-10, one output", batch, device, args.compile, outputs=(3,))
     report("CIFAR-10, U-Net+conv", batch, device, args.compile, second="conv")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """This U-Net and diffusers' UNet2DModel of equal size, in one interleaved run: images/s in training and in sampling.
 
-    pip install diffusers && python assets/speed/versus_diffusers.py [--batch-size 8] [--rounds 9]
+    pip install diffusers && python assets/versus_diffusers.py [--batch-size 8] [--rounds 9]
 
 Both have DDPM's CIFAR-10 sizes (35.7 M parameters), random weights, and the same images. Every round times, by turns, a
 training step (forward, backward, fused AdamW), one network call without gradients, and ten steps of sampling: here
@@ -16,7 +16,7 @@ import time
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import angular  # noqa: E402
 import unet  # noqa: E402
 
