@@ -681,8 +681,7 @@ def write_forward(run, settings, checkpoint, args, processes):
 
 def write_solvers(run, settings, checkpoint, args, processes):
     """Both solvers, from the same noises. A pass is a call of each of two networks."""
-    G, R, x = trained_models(run, settings, checkpoint, args, processes, 3)
-
+    G, R, x = trained_models(run, settings, checkpoint, args, processes, 3 * math.ceil(settings["T"] / 100))
     options = solver_of(settings, args)[1]
 
     def draw(mode, passes, x1, generators):
