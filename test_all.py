@@ -3757,7 +3757,7 @@ def test_solver_figures_show_what_sampling_draws(script, empty, capsys):
     """--solvers: from the same noises, each solver's images in 5, 10 and 20 network calls are those of --sample with
     as many. Catches steps for calls, fresh noise, and a solver under another's name.
     """
-    more = ["--T", 130, "--latent", 16] if script is pixel_aware else []
+    more = ["--T", 30, "--latent", 16] if script is pixel_aware else []
     run_main(capsys, "--train", *TINY, *more, "--iterations", 3, "--lr", 0.05, status=0, script=script)
     _, out, _ = run_main(capsys, "--solvers", status=0, script=script)
     run = empty / "runs" / f"{script.__name__}-shapes"
