@@ -935,7 +935,8 @@ def curves(path, x, panels, log=()):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Problem(f"wrote {path}.csv, and no picture: that needs matplotlib (pip install matplotlib)") from error
+        sentence = f"wrote {path}.csv, and not its curves: drawing needs matplotlib (pip install matplotlib)"
+        raise Problem(sentence) from error
     width, buffer = sum(5.5 if len(named) <= 5 else 8 for named in panels.values()), io.BytesIO()
     figure = Figure(figsize=(width, 4), layout="constrained")
     for axes, (title, named) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
@@ -1103,9 +1104,8 @@ def draw_samples(draw, x, run, checkpoint, args, calls, options, processes, look
         live(f"{args.n} of {args.n} images", last=True)
         save_png(picture(torch.cat(parts)), run / "samples.png", sample=text)
         save_png(trajectory(frames), run / "trajectory.png", sample=text)
-        files = [run / name for name in ("samples.png", "trajectory.png", "checkpoint.pt", "log.jsonl")]
         print(f"sampled: {text}; {args.n} images at {rate:,.1f} images/s")
-        print("wrote " + ", ".join(str(file) for file in files if file.exists()), flush=True)
+        print(f"wrote {run}/samples.png, {run}/trajectory.png", flush=True)
 
 
 def score(task, prediction, truth, hole=None, annotators=None):
@@ -1341,11 +1341,12 @@ def parser(script, doc, defaults, paper, steps="10"):
     group = {name: p.add_argument_group(name) for name in names}
     add = group["what to do"].add_argument
     add("--train", action="store_true", help="train, or go on with what the run directory holds")
-    add("--sample", action="store_true", help="sample, from the newest run unless --dataset or --run says which")
+    add("--sample", action="store_true", help=f"sample, from the newest runs/{script}-* unless --dataset or --run "
+        "says which")
     add("--forward", action="store_true", help="draw one image on its way to noise, beside the other scripts that did "
         "so, and the signal to noise ratio, by matplotlib: runs/forward-DATASET-SIZE/")
-    add("--solvers", action="store_true", help="draw what each solver of a run makes of the same noise in 5, 10 and 20 "
-        "network calls: solvers.png")
+    add("--solvers", action="store_true", help="draw what each solver of a run makes of the same noise in at most 5, "
+        "10 and 20 network calls: solvers.png")
     add("--run", metavar="DIR", help=f"the run directory (default: runs/{script}-DATASET)")
     add = group["data"].add_argument
     add("--dataset", choices=defaults, help="training images (default: shapes, drawn by the program)")
@@ -1358,12 +1359,12 @@ def parser(script, doc, defaults, paper, steps="10"):
     add("--lr", type=number(float, 0, above=True), help="learning rate (at the start, where it decays), more than 0")
     add("--ema", type=number(float, 0, 1), help="decay of the weights' moving average, 0 to 1")
     add("--seed", type=number(int, 0), help="of training and of sampling, 0 or more (default: 0, or the run's)")
-    add("--save-every", type=number(float, 0), default=60.0, metavar="S", help="seconds between checkpoints (60)")
+    add("--save-every", type=number(float, 0), default=60.0, metavar="S", help="seconds between checkpoints (default: 60)")
     add = group["network"].add_argument
     add("--width", type=number(int, 8), metavar="C", help="channels of the first level, a multiple of 8")
-    add("--mult", type=number(int, 1), nargs="+", metavar="M", help="channels of each level over the width: 1 2 2 2")
+    add("--mult", type=number(int, 1), nargs="+", metavar="M", help="each level's channels over the width, e.g. 1 2 2")
     add("--blocks", type=number(int, 1), metavar="N", help="residual blocks a level")
-    add("--attention", type=number(int, 1), nargs="*", metavar="PIXELS", help="sizes at which to attend: 16 8")
+    add("--attention", type=number(int, 1), nargs="*", metavar="PIXELS", help="sizes at which to attend, e.g. 16 8")
     add("--dropout", type=number(float, 0, 0.99), metavar="P", help="probability, 0 to 0.99")
     add = group["sampling"].add_argument
     add("--steps", type=number(int, 1), metavar="N", help=f"solver steps (default: {steps})")
@@ -1373,8 +1374,8 @@ def parser(script, doc, defaults, paper, steps="10"):
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU, if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="of the layers; auto: bf16 if a GPU has it; fp32: with TF32 products there (default: auto)")
-    add("--compile", action="store_true", help="torch.compile the network, in training and in sampling: minutes at first, "
-        "and then faster")
+    add("--compile", action="store_true", help="torch.compile the network, in training and in sampling: minutes at "
+        "first, and then faster; on a CPU sampling alone is")
     return p, group
 
 
@@ -1464,7 +1465,7 @@ def open_run(script, args, defaults, paper, network_keys, tasks=None, of_run=Tru
         found = sorted(found, key=lambda f: f.stat().st_mtime)
         if not found:
             what = f"{script}.py --task {asked}" if asked else f"{script}.py"
-            raise Problem(f"there is no run of {what} under runs/ yet: train first, or say where with --run")
+            raise Problem(f"there is no run of {what} named runs/{script}-*{suffix} yet: train first, or name one by --run")
         run = found[-1].parent
     checkpoint = saved = None
     if of_run and ((run / "checkpoint.pt").exists() or not args.train):
