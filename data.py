@@ -1359,7 +1359,8 @@ def parser(script, doc, defaults, paper, steps="10"):
     add("--lr", type=number(float, 0, above=True), help="learning rate (at the start, where it decays), more than 0")
     add("--ema", type=number(float, 0, 1), help="decay of the weights' moving average, 0 to 1")
     add("--seed", type=number(int, 0), help="of training and of sampling, 0 or more (default: 0, or the run's)")
-    add("--save-every", type=number(float, 0), default=60.0, metavar="S", help="seconds between checkpoints (default: 60)")
+    add("--save-every", type=number(float, 0), default=60.0, metavar="S",
+        help="seconds between checkpoints (default: 60)")
     add = group["network"].add_argument
     add("--width", type=number(int, 8), metavar="C", help="channels of the first level, a multiple of 8")
     add("--mult", type=number(int, 1), nargs="+", metavar="M", help="each level's channels over the width, e.g. 1 2 2")
@@ -1465,7 +1466,8 @@ def open_run(script, args, defaults, paper, network_keys, tasks=None, of_run=Tru
         found = sorted(found, key=lambda f: f.stat().st_mtime)
         if not found:
             what = f"{script}.py --task {asked}" if asked else f"{script}.py"
-            raise Problem(f"there is no run of {what} named runs/{script}-*{suffix} yet: train first, or name one by --run")
+            raise Problem(f"there is no run of {what} named runs/{script}-*{suffix} yet: train first, or name it by "
+                          f"--run")
         run = found[-1].parent
     checkpoint = saved = None
     if of_run and ((run / "checkpoint.pt").exists() or not args.train):
