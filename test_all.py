@@ -32,6 +32,7 @@ import ddm
 import pixel_aware
 import unet
 
+torch.set_num_threads(1)  # of tensors this small, threads only wait for each other: minutes, on a busy machine
 HERE = pathlib.Path(__file__).parent
 SCRIPTS = pytest.mark.parametrize("script", [ddm, blurring, angular, pixel_aware], ids=lambda script: script.__name__)
 ATTENUATIONS = list(ddm.ATTENUATIONS)
