@@ -458,7 +458,8 @@ def write_solvers(run, settings, checkpoint, args, processes):
     model, x = trained_model(run, settings, checkpoint, args, processes, 3)
 
     def draw(solver, steps, z1, generators):
-        steps, options = solver_of(settings, argparse.Namespace(**{**vars(args), "steps": steps}), solver)
+        own = {"steps": steps, "eta": args.eta if solver == "ddim" else 0.0}
+        steps, options = solver_of(settings, argparse.Namespace(**{**vars(args), **own}), solver)
         return sample(model, z1, steps, generator=generators, **options)
     data.solver_figure(draw, dict.fromkeys(SOLVERS["blurring"], 1), x, run, settings, args)
 
@@ -528,9 +529,9 @@ def main(argv=None):
     write, of_run = data.figure(args, FIGURES)
     run, settings, checkpoint = data.open_run("blurring", args, defaults, paper, NETWORK, of_run=of_run)
     with data.bad_arguments():                              # what can't go together is said before anything is started
-        solver_of(settings, args, "ddim" if args.solvers else None)                     # --eta is for that one
         if args.solvers and settings["process"] != "blurring":
             raise ValueError(f"--solvers starts from noise, and {run} of --process {settings['process']} does not")
+        solver_of(settings, args, "ddim" if args.solvers else None)                     # --eta is for that one
         with torch.device("meta"):
             unet.UNet(**network_of(settings, 3))
     processes = data.start(args.device)

@@ -981,8 +981,8 @@ def forward_figure(script, way, settings, processes):
     is asked twice, the second time with ε = 0, for what is left of the image. Into runs/forward-DATASET-SIZE/:
     SCRIPT.png and SCRIPT.csv; and of all scripts forward.png, snr.csv and, by matplotlib, snr.png.
     """
-    folder, generators = pathlib.Path("runs/forward-{dataset}-{image_size}".format_map(settings)), image_generators(
-        settings["seed"], [0])
+    folder = pathlib.Path("runs/forward-{dataset}-{image_size}".format_map(settings))
+    generators = image_generators(settings["seed"], [0])
     images = load(settings["dataset"], settings["data_dir"], settings["image_size"], processes)
     image = images[int(torch.randint(len(images), (), generator=generators[0]))]
     t, ts = torch.linspace(0, 1, 11, dtype=torch.float64), (torch.arange(100, dtype=torch.float64) + 0.5) / 100

@@ -544,7 +544,6 @@ TASKS = {
                  "paper": {**SWIN, "image_size": 384}},
     "edges": {"all": {"sigma_data": 1.0}, "shapes": DEMO, "folder": PATCHES, "paper": {**SWIN, "image_size": 320}}}
 
-
 FIGURES = {"forward": (write_forward, "dataset data_dir image_size seed noise"),            # and the flags each heeds
            "solvers": (write_solvers, "run dataset data_dir seed grid heads clip final_at_delta")}
 

@@ -2366,6 +2366,13 @@ def test_unet_report_names_its_figures(capsys, monkeypatch):
     assert unet.rates({"a": lambda: None, "b": lambda: None}, 7, cpu) == {"a": 7, "b": 7}
     assert unet.seconds(lambda: None, cpu) == 1
     monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(unet, "rates", lambda calls, batch, *_: dict.fromkeys(calls, 2.0 * batch))  # half a second each
+        unet.sweep(cpu, tiny)
+    out = capsys.readouterr().out
+    assert re.findall(r"batches of +(\d+): training ([\d.]+) images", out)[:2] == [("1", "2.0"), ("4", "8.0")]
+    assert re.findall(r"(\d+x\d+), batches of +(\d+)", out) == [("16x16", "64"), ("32x32", "16"), ("64x64", "4")]
+    assert re.findall(r"(\d+) network calls .* of 64: ([\d.]+)", out)[-1] == ("50", "128.0")
     unet.profile("tiny", 2, cpu, **tiny)
     shares = re.findall(r"^ +([\d.]+)% +\d+ calls +aten", capsys.readouterr().out, re.M)
     assert len(shares) > 8 and 50 < sum(map(float, shares)) <= 201
@@ -3777,6 +3784,24 @@ def test_solver_figures_show_what_sampling_draws(script, empty, capsys):
             for k, (i, j) in enumerate(((0, 0), (0, 1), (1, 0))):  # a grid of two columns
                 tile = picture[16 + 66 * row :, 2 + 66 * (1 + 3 * column + k) :][:64, :64]
                 assert np.abs(tile - drawn[2 + 66 * i :, 2 + 66 * j :][:64, :64]).max() <= 1, (solver, calls)
+
+
+def test_blurring_solver_figure_gives_eta_to_ddim_alone(empty, capsys):
+    """--solvers --eta draws: η changes ddim's row and no other; blur-only processes are refused by their name. Catches
+    a traceback of the other solvers, which refuse --eta.
+    """
+    run_main(capsys, "--train", *TINY, "--iterations", 3, "--lr", 0.05, status=0, script=blurring)
+    rows = []
+    for eta in (0, 1):
+        run_main(capsys, "--solvers", "--eta", eta, status=0, script=blurring)
+        picture = np.asarray(Image.open(empty / "runs" / "blurring-shapes" / "solvers.png"), int)
+        rows.append([picture[16 + 66 * i :][:64] for i in range(3)])
+    assert [(a == b).all() for a, b in zip(*rows)] == [True, False, True]
+    run_main(
+        capsys, "--train", *TINY, "--iterations", 1, "--process", "ihdm", "--run", "ihdm", status=0, script=blurring
+    )
+    _, _, err = run_main(capsys, "--solvers", "--run", "ihdm", status=2, script=blurring)
+    assert "--process ihdm does not" in err
 
 
 @SCRIPTS
