@@ -1,60 +1,34 @@
-"""Image and noise on a quarter circle: x = cos η x₀ + sin η ε, and sampling is an ordinary differential equation in η.
+"""Image and noise on a quarter circle: x = cos η x₀ + sin η ε, so that sampling is an ODE in η.
 
-Zhang, Ehinger and Drummond (2023) write diffusion's mixture of image and noise as a rotation: at the angle η = 0 it is
-the image, at π/2 the noise, and the √ᾱ of older models is cos η. Its derivative dx/dη = -sin η x₀ + cos η ε is finite
-everywhere, where d/dᾱ is infinite at both ends; so one may walk back from noise to image by any solver of ordinary
-differential equations, from Euler to Runge and Kutta. One network names the image and the noise at once, because each
-is hard to get from the other at one end of the arc. Their combination dx/dη is the v of Salimans and Ho (2022), so
-that the paper's gradient loss is the loss of v-prediction.
+Zhang, Ehinger and Drummond (2023) write diffusion's mixture of image and noise as a rotation. At
+the angle η = 0 it is the image, at π/2 it is the noise, and the √ᾱ of older models is cos η. Its
+derivative dx/dη = -sin η x₀ + cos η ε is finite everywhere, while d/dᾱ is infinite at both ends.
+So one may go back from noise to image by any solver of ordinary differential equations, from Euler
+to Runge and Kutta. One network names image and noise at once, because each is hard to get from the
+other at one end of the arc. Their combination dx/dη is the v of Salimans and Ho (2022).
 
-    python angular.py --train                        train on the embedded shapes, in runs/angular-shapes/ (minutes)
-    python angular.py --train --dataset cifar10      train on CIFAR-10, in runs/angular-cifar10/
-    python angular.py --sample --steps 10            sample from the newest run
-    python angular.py --schedules                    draw Figures 2 and 3; --errors, Figure 4; --estimates, Figure 9
-
-Symbols, of the paper and of this code:
+    python angular.py --train                        embedded shapes, minutes on two CPU cores
+    python angular.py --train --dataset cifar10      CIFAR-10, an evening on a GPU
+    python angular.py --sample --solver euler        the paper's solver, by the newest run
 
     x₀        x0          [B, C, H, W]   the image, in [-1, 1]
     ε         eps         [B, C, H, W]   the noise, N(0, I)
-    η_t       eta         [B], a number  the angle, in [0, π/2]; the network is told t = η/(π/2), in [0, 1]
+    η_t       eta         [B] or number  the angle, in [0, π/2]; the network is told t = η/(π/2)
     x_t       x           [B, C, H, W]   cos η x₀ + sin η ε
-    ẋ         velocity    [B, C, H, W]   dx/dη. The paper's is dx/dt = η' dx/dη, with η' = π/(2T)
-    R_θ, ε_θ  R, E        [B, C, H, W]   the network's x̂₀ and ε̂ (in the sampler, which has no others, x0 and eps)
-              residual    [B, C, H, W]   cos η x̂₀ + sin η ε̂ - x: 0 where two heads agree with x
-    Δ_t       h, s        numbers        a step back, from eta to s = eta - h
-    t, T      i, T        whole numbers  the paper's times, i = 0 ... T, T = 1000: here of the schedules only
+    ẋ         velocity    [B, C, H, W]   dx/dη. The paper's dx/dt is η' = π/(2T) times this
+    R_θ, ε_θ  R, E        [B, C, H, W]   the network's two outputs, x̂₀ and ε̂
+    Δ_t       h           number         a step back, from eta to s = eta - h
+    t, T      i, T        whole numbers  the paper's times, i = 0 ... T, of the schedules alone
     ᾱ_t, β_t  alpha_bar,  float64        cos²η_t, and 1 - ᾱ_t/ᾱ_{t-1}
               beta
-    γ         gamma       a number       the weight of the velocity's loss
+    γ         gamma       number         the weight of the velocity's loss (--velocity-weight)
 
-Equations used: the arc, Eq. 9 (Eq. 4 with ᾱ = cos²η); the velocity, Eq. 10 and 11; the loss, Eq. 12, whose parts
-alone are Eq. 5 and 7; Euler's step, Eq. 13; DDIM's, Eq. 6; cold diffusion's, Eq. 8; and DDPM's chain, Eq. 1 and 3.
-
-Where this differs from the paper, and why:
-
-- η is continuous, in training and in sampling: midpoint and RK4 ask in the middle of a step. T is for the figures, and
-  for --schedule linear, DDPM's, on which the paper's baselines live.
-- The command line's default solver, ddim2, is not in the paper: DDIM's rotation to second order by one call a step,
-  from the x̂₀ of the step before. On small trained networks it was the best or nearly so (README, "Results").
-  --solver euler is the paper's Eq. 13; which rule its tables used, it does not say.
-- Heun's and RK4's last stage lies at η = 0, where E[ε | x₀] = 0 says nothing of the noise still in x: they leave h/2
-  and h/6 of it in all fine detail. --last midpoint mends that; midpoint itself never asks there.
-- DDIM with two heads, Eq. 6 as it stands (--heads raw), forgets x: it puts the heads' residual into the image anew at
-  every step. By default the heads are projected first, and then it is a rotation, cos h x - sin h ẋ. The paper does
-  not say which was its "DDIM + x̂₀, ε̂". Euler sees ẋ alone, and so always keeps x.
-- A noise-only network has x̂₀ = (x - sin η ε̂)/cos η, infinite at π/2. It starts at .999 of π/2, the last of 1000 times
-  before it, where 1/cos is still 637, and so its x̂₀ is clipped, unless --no-clip.
-- γ, the number of iterations on CIFAR-10 and CelebA, and how one network has two outputs are not in the paper: 1,
-  800,000 (DDPM's) and 500,000, and the shared U-Net's second decoder are our choice. The rest of --preset paper is
-  DDIM's, on which the paper builds, and the iterations on churches are the paper's.
-- Eq. 5, 7 and 12 print norms that are not squared; in DDPM, Eq. 5 is. --norm plain is as printed, up to a constant.
-- Errors in print stand next to the lines they change: ᾱ's two ends (`alpha_bar`), the JSD schedule (`beta`), η' in the
-  gradient loss (`velocity`).
-
-Measured results: README.md, "Results".
+Two choices here are not the paper's. Each has a flag that undoes it, and docs/angular.md says what
+it measured: a second-order solver (--solver euler is the paper's), and outputs made to agree with x
+(--heads raw). The paper does not say γ, nor which solver its tables used, nor how one network has
+two outputs.
 """
 
-import argparse
 import functools
 import math
 
@@ -63,23 +37,24 @@ import torch
 import data
 import unet
 
-# ------------------------------------------------------------------------------------------------------ 1 schedule
+# --------------------------------------------------------------------------------------- 1 schedule
 
-HALF_PI, SCHEDULES = math.pi / 2, ("angular", "linear", "jsd")
+HALF_PI = math.pi / 2
+SCHEDULES = ("angular", "linear", "jsd")
 
 
 def like_image(t):
-    """t: [B] -> [B, 1, 1, 1], to multiply images with."""
+    """t [B] -> [B, 1, 1, 1], to multiply images with."""
     return t[:, None, None, None]
 
 
 def alpha_bar(i, T=1000, schedule="angular"):
-    """ᾱ_i = cos²η_i in float64. i: whole-number tensor, 0 ... T. schedule: angular, linear (DDPM's) or jsd.
+    """ᾱ_i = cos²η_i in float64. i: a tensor of whole numbers 0 ... T. schedule: one of SCHEDULES.
 
-    (Sec. 3.1 swaps the ends. ᾱ is 1 at t = 0, where dx/dᾱ is infinite by -ε, and 0 at t = T, where it is by +x₀.)
+    Sec. 3.1 swaps the ends: ᾱ is 1 at i = 0 (where dx/dᾱ is infinite by -ε), and 0 at i = T.
     """
     if schedule == "angular":
-        return torch.sin(HALF_PI * (T - i.double()) / T) ** 2               # cos²η, and exactly 0 at i = T
+        return torch.sin(HALF_PI * (T - i.double()) / T) ** 2                # exactly 0 at i = T
     if schedule == "jsd":
         return 1 - i.double() / T
     betas = beta(torch.arange(1, T + 1, device=i.device), T, "linear")
@@ -87,16 +62,17 @@ def alpha_bar(i, T=1000, schedule="angular"):
 
 
 def beta(i, T=1000, schedule="angular"):
-    """β_i = 1 - ᾱ_i/ᾱ_{i-1} in float64. i: whole-number tensor, 1 ... T.
+    """β_i = 1 - ᾱ_i/ᾱ_{i-1} in float64. i: a tensor of whole numbers 1 ... T.
 
-    angular: 1 - cos²η_i/cos²η_{i-1} by the sine of a difference, which keeps its digits at i = 1; β_T = 1. jsd, of
-    Sohl-Dickstein et al. (2015): the paper prints 1/t, which would leave nothing of the image at t = 1; 1/(T - t + 1)
-    makes ᾱ fall evenly.
+    angular: by the sine of a difference, which keeps its digits at i = 1. linear: DDPM's. jsd, of
+    Sohl-Dickstein et al. (2015): the paper prints 1/t, which leaves no image after the first step;
+    1/(T - t + 1) makes ᾱ fall evenly.
     """
     i = i.double()
     if schedule == "angular":
         h = HALF_PI / T
-        return (torch.sin((2 * i - 1) * h) * math.sin(h) / torch.sin((T - i + 1) * h) ** 2).clamp(max=1)
+        betas = torch.sin((2 * i - 1) * h) * math.sin(h) / torch.sin((T - i + 1) * h) ** 2
+        return betas.clamp(max=1)
     if schedule == "jsd":
         return 1 / (T - i + 1)
     return 1e-4 + (0.02 - 1e-4) * (i - 1) / max(1, T - 1)
@@ -104,132 +80,168 @@ def beta(i, T=1000, schedule="angular"):
 
 @functools.lru_cache(maxsize=None)
 def angles(steps, schedule="angular", start=1.0, T=1000):
-    """The sampler's angles, `steps` and a last 0: even in t from `start` in (0, 1], or, of another schedule, at even
-    whole i = t T. Raises ValueError for unknown schedules, a start or steps out of range, and more steps than i has.
+    """The sampler's angles: `steps` of them, and a last 0. Raises ValueError.
+
+    They are even from `start` (a part of π/2); or, of another schedule, at even i of its T.
     """
     if schedule not in SCHEDULES or not 0 < start <= 1 or steps < 1:
         raise ValueError(f"there are no {steps} angles of the schedule {schedule} from {start}")
     if schedule == "angular":
         return (*(HALF_PI * start * (1 - k / steps) for k in range(steps)), 0.0)
     if steps > T:
-        raise ValueError(f"the {schedule} schedule has {T} times: no more --steps than that")
-    i = torch.tensor([round(start * T * (1 - k / steps)) for k in range(steps)])
-    bar = alpha_bar(i, T, schedule)
-    return (*torch.atan2((1 - bar).sqrt(), bar.sqrt()).tolist(), 0.0)
+        raise ValueError(f"the {schedule} schedule has {T} times: take no more steps than that")
+    i = torch.tensor([round(start * T * (1 - k / steps)) for k in range(steps)], device="cpu")
+    kept = alpha_bar(i, T, schedule)
+    return (*torch.atan2((1 - kept).sqrt(), kept.sqrt()).tolist(), 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------- 2 forward
+# ---------------------------------------------------------------------------------------- 2 forward
 
 def diffuse(x0, eps, eta):
-    """x at the angle eta on the arc from image to noise. x0, eps: [B, C, H, W]; eta: [B] in [0, π/2]."""
+    """x at the angle eta [B] on the arc from image to noise."""
     eta = like_image(eta)
-    return eta.cos() * x0 + eta.sin() * eps                                                             # Eq. 4, 9
+    return eta.cos() * x0 + eta.sin() * eps                                            # Eq. 4, 9
 
 
 def velocity(x0, eps, eta):
-    """dx/dη, v-prediction's target: ε at η = 0, -x₀ at π/2.
+    """dx/dη: ε at η = 0, and -x₀ at π/2. It is v-prediction's target.
 
-    In η, and not in the paper's t, where it is η' = π/(2T) times this: with T = 1000 the squared loss on it would weigh
-    2.5e-6. (Nor may a step be multiplied by both h and η': Eq. 10's dot has η' in it already.)
+    It is in η and not in the paper's t, in which the squared loss would weigh η'² = 2.5e-6. The dot
+    of Eq. 10 has η' in it already: multiply a step by h or by η', never by both.
     """
     eta = like_image(eta)
-    return -eta.sin() * x0 + eta.cos() * eps                                                            # Eq. 10, 11
+    return -eta.sin() * x0 + eta.cos() * eps                                           # Eq. 10, 11
 
 
-def project(x, x0, eps, eta):
-    """The nearest pair (x̂₀, ε̂) with cos η x̂₀ + sin η ε̂ = x. It has the same velocity: (x, ẋ) turned back by η."""
-    residual = diffuse(x0, eps, eta) - x
-    return x0 - like_image(eta).cos() * residual, eps - like_image(eta).sin() * residual
-
-
-# ---------------------------------------------------------------------------------------------------------- 3 loss
+# ------------------------------------------------------------------------------------------- 3 loss
 
 def predictor(net, predict="both", bf16=False):
-    """The one place where the network's outputs get their meaning: returns model(x, t) -> (x̂₀, ε̂), t = η/(π/2).
+    """The one place where the network's outputs get their meaning: model(x, t) -> (x̂₀, ε̂).
 
-    predict: both, or one, image or noise, from which the other follows; but not at η = 0 for image, nor at π/2 for
-    noise, below which `sample` must then start (start=0.999).
+    predict: both; or "x0" or "eps" alone, from which the other follows. It does not follow from x₀
+    at η = 0, nor from ε at π/2, below which `walk` must then start (start=0.999).
     """
+
     def model(x, t):
         eta = HALF_PI * like_image(t)
-        cos, sin = eta.cos(), eta.sin()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            raw = net(x, t)
-        raw = [out.to(x.dtype) for out in raw]
-        if predict == "image":
-            return raw[0], (x - cos * raw[0]) / sin                                                     # Eq. 8
-        if predict == "noise":
-            return (x - sin * raw[0]) / cos, raw[0]                                                     # Eq. 6
-        return raw[0], raw[1]
+            outputs = net(x, t)
+        first, last = outputs[0].to(x.dtype), outputs[-1].to(x.dtype)
+        if predict == "x0":
+            return first, (x - eta.cos() * first) / eta.sin()                          # Eq. 8
+        if predict == "eps":
+            return (x - eta.sin() * first) / eta.cos(), first                          # Eq. 6
+        return first, last
 
     return model
 
 
-def distance(error, norm="squared"):
-    """Per example [B]: the mean square, or, "plain", its root: the norm as printed, over √(C H W)."""
-    if norm == "plain":
+def distance(error, norm="l2"):
+    """Of each example, [B]: the mean square (l2), or its root (rms, the printed norm / √(CHW))."""
+    if norm == "rms":
         return torch.linalg.vector_norm(error.flatten(1), dim=1) / error[0].numel() ** 0.5
     return error.square().flatten(1).mean(1)
 
 
-def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="squared"):
-    """The loss per example [B]: on both heads and γ times on their velocity, or on the one head that `predict` names.
+def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="l2"):
+    """The loss of each example, [B]: of both outputs and γ times of their velocity, or of one.
 
-    The heads' squared errors are those of their residual and their velocity together, |e_R|² + |e_E|² = |r|² + |e_ẋ|²:
-    the third term counts one of these two parts once more.
+    Of two outputs the squared errors add up to those of their velocity and of their residual
+    cos η R + sin η E - x. So the third term gives the velocity's error more weight, and no other.
     """
     R, E = model(diffuse(x0, eps, eta), eta / HALF_PI)
-    if predict == "noise":
-        return distance(E - eps, norm)                                                                  # Eq. 5
-    if predict == "image":
-        return distance(R - x0, norm)                                       # Eq. 7 (where its R has no t)
+    if predict == "eps":
+        return distance(E - eps, norm)                                                 # Eq. 5
+    if predict == "x0":
+        return distance(R - x0, norm)                         # Eq. 7, in which R has no t
     error = velocity(R, E, eta) - velocity(x0, eps, eta)
-    return distance(R - x0, norm) + distance(E - eps, norm) + gamma * distance(error, norm)             # Eq. 12
+    heads = distance(R - x0, norm) + distance(E - eps, norm)
+    return heads + gamma * distance(error, norm)                                       # Eq. 12
 
 
-# ------------------------------------------------------------------------------------------------------- 4 sampler
+# ---------------------------------------------------------------------------------------- 4 sampler
 
-SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "ddim2": 1, "cold": 1, "ddpm": 1}   # calls a step
-HEADS = ("ddim", "ddim2", "ddpm")       # to these it matters whether two heads are projected; to a velocity (without
-                                        # clipping) it does not
+def euler(v, x, eta, h):
+    """One step from the angle eta to eta - h. v(x, eta): the network's velocity."""
+    return x - h * v(x, eta)                                                           # Eq. 13
+
+
+def midpoint(v, x, eta, h):
+    """Second order, by the velocity in the middle of the step."""
+    return x - h * v(x - h / 2 * v(x, eta), eta - h / 2)
+
+
+def heun(v, x, eta, h):
+    """Second order, by the mean of the velocities at both ends."""
+    k1 = v(x, eta)
+    k2 = v(x - h * k1, eta - h)
+    return x - h / 2 * (k1 + k2)
+
+
+def rk4(v, x, eta, h):
+    """Fourth order, by Runge and Kutta's four velocities."""
+    k1 = v(x, eta)
+    k2 = v(x - h / 2 * k1, eta - h / 2)
+    k3 = v(x - h / 2 * k2, eta - h / 2)
+    k4 = v(x - h * k3, eta - h)
+    return x - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+RUNGE_KUTTA = {"euler": (euler, 1), "midpoint": (midpoint, 2), "heun": (heun, 2), "rk4": (rk4, 4)}
+SOLVERS = ("ddim2", "ddim", *RUNGE_KUTTA, "cold", "ddpm")
 
 
 def calls(solver, steps, last=None):
-    """Network calls per image of `steps` steps."""
-    return (steps - 1) * SOLVERS[solver] + SOLVERS[last or solver]
+    """How many network calls `steps` steps make: one each, but for RUNGE_KUTTA's."""
+    each, at_last = (RUNGE_KUTTA.get(rule, (None, 1))[1] for rule in (solver, last or solver))
+    return (steps - 1) * each + at_last
+
+
+def project(x, x0, eps, eta):
+    """The nearest x̂₀ and ε̂ with cos η x̂₀ + sin η ε̂ = x. Their velocity stays what it was."""
+    residual = diffuse(x0, eps, eta) - x
+    return x0 - like_image(eta).cos() * residual, eps - like_image(eta).sin() * residual
+
+
+def ddim_step(x0, eps, s):
+    """To the angle s along the circle, with x̂₀ and ε̂ held."""
+    return math.cos(s) * x0 + math.sin(s) * eps                                        # Eq. 6
 
 
 def ancestral_step(x, x0, eta, s, z):
-    """A draw of DDPM's posterior q(x_s | x, x₀) from the angle eta to s < eta. z ~ N(0, I), as x.
+    """A draw of DDPM's posterior q(x_s | x, x₀), with z ~ N(0, I).
 
-    As DDPM writes it from ε̂ it divides by √α_T = 0 at π/2, where β_T = 1; from x̂₀, by cos s and sin η, never 0.
+    Written from ε̂, as DDPM has it, it would divide by √α_T = 0 at π/2. From x̂₀ it does not.
     """
-    beta_cos2 = math.sin(eta + s) * math.sin(eta - s)                   # β cos² s = cos² s - cos² η
-    mean = (math.cos(eta) * math.sin(s) ** 2 * x + beta_cos2 * x0) / (math.cos(s) * math.sin(eta) ** 2)     # Eq. 3
-    return mean + math.sin(s) * math.sqrt(beta_cos2) / (math.cos(s) * math.sin(eta)) * z
+    beta_cos2 = math.sin(eta + s) * math.sin(eta - s)         # β cos² s = cos² s - cos² η
+    mean = math.cos(eta) * math.sin(s) ** 2 * x + beta_cos2 * x0
+    mean = mean / (math.cos(s) * math.sin(eta) ** 2)                                   # Eq. 3
+    spread = math.sin(s) * math.sqrt(beta_cos2) / (math.cos(s) * math.sin(eta))
+    return mean + spread * z
 
 
 def second_order(eta, s):
-    """What a slope dx̂₀/dη = 1 adds to DDIM's step from eta to s: sin s ∫ (e - η) d(cot e) over the angles e between,
-    as the ODE is d(x/sin η) = x̂₀ d(cot η); by parts.
+    """What a slope dx̂₀/dη = 1 adds to DDIM's step from eta to s.
+
+    The ODE is d(x/sin η) = x̂₀ d(cot η). So it is sin s ∫ (e - η) d(cot e), by parts.
     """
-    return (s - eta) * math.cos(s) - (math.sin(s) * math.log(math.sin(s) / math.sin(eta)) if s else 0.0)
+    tail = math.sin(s) * math.log(math.sin(s) / math.sin(eta)) if s else 0.0
+    return (s - eta) * math.cos(s) - tail
 
 
 @torch.no_grad()
-def sample(net, x1, steps, solver="euler", heads="project", clip=False, generator=None, *, schedule="angular",
-           start=1.0, last=None, watch=None):
-    """From noise to images in `steps` steps, at the schedule's angles. x1: [B, C, H, W] ~ N(0, I), at `start` of π/2.
+def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=None, *,
+         schedule="angular", start=1.0, last=None):
+    """From noise to image by net(x, t) -> (x̂₀, ε̂). Yields (t, x, x̂₀) for every call, and at last
+    (0, image, image).
 
-    net(x, t) -> (x̂₀, ε̂), t = η/(π/2), is called SOLVERS[solver] times a step. solver: euler (the paper's), midpoint,
-    heun, rk4; ddim, the arc of fixed x̂₀ and ε̂, and ddim2, which from its second step extrapolates x̂₀ (error
-    h² log 1/h); cold, which makes ε̂ of x̂₀; ddpm, stochastic, of x̂₀ alone. heads: project them on x, or take
-    them raw. clip: keep every x̂₀ in [-1, 1], and make ε̂ of it. last: euler or midpoint, for the last step alone.
-    generator: ddpm's, one or a list of B. watch(t, x, x̂₀): called at every network call, and at last with t = 0 and
-    the image. Raises ValueError.
+    solver: euler (the paper's), midpoint, heun, rk4; ddim, along the circle; ddim2, the same to
+    second order from its second step on; cold, which makes ε̂ of x̂₀; ddpm, stochastic. heads:
+    project, so that they agree with x; or raw. clip: keep x̂₀ in [-1, 1], and make ε̂ of it. last:
+    euler or midpoint, for the last step alone. generator: ddpm's, one or a list of B. ValueError.
     """
-    if solver not in SOLVERS or heads not in ("project", "raw") or last not in (None, "euler", "midpoint"):
-        raise ValueError(f"there is no solver {solver} with heads {heads} and last step {last}")
+    check_solver(solver, heads, last)
+    seen = []
 
     def look(x, eta):
         eta_ = x.new_full((len(x),), eta)
@@ -238,289 +250,155 @@ def sample(net, x1, steps, solver="euler", heads="project", clip=False, generato
             x0, eps = project(x, x0, eps, eta_)
         if clip:
             x0 = x0.clamp(-1, 1)
-        if eta and (clip or solver == "cold"):                          # the noise that x holds beside this image
-            eps = (x - math.cos(eta) * x0) / math.sin(eta)                                              # Eq. 8
-        if watch:
-            watch(eta / HALF_PI, x, x0)
+        if eta and (clip or solver == "cold"):                # the noise beside this image
+            eps = (x - math.cos(eta) * x0) / math.sin(eta)                             # Eq. 8
+        seen.append((eta / HALF_PI, x, x0))
         return x0, eps
 
     def v(x, eta):
         return velocity(*look(x, eta), x.new_full((len(x),), eta))
 
-    x, etas, eta_last, x0_last = x1, angles(steps, schedule, start), None, None
+    x, etas = x1, angles(steps, schedule, start)
+    eta_last = x0_last = None
     for eta, s in zip(etas, etas[1:]):
-        h, rule = eta - s, last or solver if s == 0 else solver
-        if rule == "euler":
-            x = x - h * v(x, eta)                                                                       # Eq. 13
-        elif rule == "midpoint":
-            x = x - h * v(x - h / 2 * v(x, eta), eta - h / 2)
-        elif rule == "heun":
-            k1 = v(x, eta)
-            x = x - h / 2 * (k1 + v(x - h * k1, s))
-        elif rule == "rk4":
-            k1 = v(x, eta)
-            k2 = v(x - h / 2 * k1, eta - h / 2)
-            k3 = v(x - h / 2 * k2, eta - h / 2)
-            k4 = v(x - h * k3, s)
-            x = x - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        rule = last if last and s == 0 else solver
+        if rule in RUNGE_KUTTA:
+            step, _ = RUNGE_KUTTA[rule]
+            x = step(v, x, eta, eta - s)
         else:
             x0, eps = look(x, eta)
             if rule == "ddpm":
                 x = ancestral_step(x, x0, eta, s, data.randn(x, generator))
             else:
-                x = math.cos(s) * x0 + math.sin(s) * eps                                                # Eq. 6
+                x = ddim_step(x0, eps, s)
             if rule == "ddim2" and eta_last:
                 x = x + (x0 - x0_last) / (eta - eta_last) * second_order(eta, s)
             eta_last, x0_last = eta, x0
-    if watch:
-        watch(0.0, x, x)
+        yield from seen
+        seen.clear()
+    yield 0.0, x, x
+
+
+def sample(net, x1, steps, *options, **more):
+    """The image at the end of a `walk`."""
+    for _, x, _ in walk(net, x1, steps, *options, **more):
+        pass
     return x
 
 
-# ------------------------------------------------------------------------------------------------------ 5 training
-
-def train(run, settings, checkpoint, args, processes):
-    """Train, or go on, in the run directory until step settings["iterations"]. Source: Eq. 5, 7, 12."""
-    if data.finished(run, settings, checkpoint, processes):
-        return
-    training = data.Training(run, settings, checkpoint, args, processes, network_of, unet.create, torch.optim.Adam)
-    (net, ema, optimizer), images, mine = training.parts.values(), training.images, training.mine
-    device, batch, iterations = processes.device, settings["batch_size"], settings["iterations"]
-    alone = predictor_of(net, settings, args, processes)    # neither compiled nor waiting for the other processes
-    unet.warn_cost(alone, images.shape[1:], batch, iterations - training.start, processes)
-    model = predictor_of(unet.parallel(net, device, processes.world, args.compile), settings, args, processes)
-    method = {key: settings[key] for key in ("predict", "gamma", "norm")}
-
-    with training:
-        for step, draw in training:
-            x0 = data.draw_batch(images, batch, draw)
-            eta = draw_angles(batch, settings["schedule"], draw)
-            eps = torch.randn(x0.shape, generator=draw, device=device)
-
-            values = loss(model, x0[mine], eps[mine], eta[mine], **method)                              # Eq. 12
-            optimizer.zero_grad(set_to_none=True)
-            values.mean().backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-
-            decay = min(settings["ema"], (1 + step) / (10 + step))      # short at first: young weights are no use
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-            training.record(values, eta[mine] / HALF_PI, grad_norm, settings["lr"])
+def check_solver(solver, heads="project", last=None):
+    """Raise ValueError for what cannot be."""
+    if solver not in SOLVERS or heads not in ("project", "raw"):
+        raise ValueError(f"there is no solver {solver} with heads {heads}")
+    if last not in (None, "euler", "midpoint") or (last and solver not in ("heun", "rk4")):
+        raise ValueError(f"a last step by euler or midpoint is for heun and rk4, not {solver}")
 
 
-@functools.lru_cache(maxsize=None)
-def all_angles(schedule, device, T=1000):
-    """A schedule's own T angles, without the 0, on the device."""
-    return torch.tensor(angles(T, schedule, 1.0, T)[:-1], device=device)
+# --------------------------------------------------------------------------------------- 5 training
+
+def train(run):
+    """Eq. 12, or Eq. 5 or 7, from where the run's checkpoint stopped."""
+    s = run.settings
+    images = data.load(run)
+    net, ema = run.networks(unet.UNet, network(s, images.shape[1]))
+    optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
+    model = predictor(run.parallel(net), s.predict, run.bf16)
+
+    for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
+        x0 = data.batch(images, s.batch_size, g)
+        eta = draw_angles(len(x0), s.schedule, g)
+        eps = torch.randn(x0.shape, generator=g, device=g.device)
+        x0, eta, eps = run.share(x0, eta, eps)                # this process's part of the batch
+
+        losses = loss(model, x0, eps, eta, s.predict, s.velocity_weight, s.norm)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        data.average(ema, net, s.ema, step)
+        run.record(losses, eta / HALF_PI)
 
 
 def draw_angles(n, schedule, generator):
-    """n training angles [B]: even in [0, π/2), or of a schedule's own, each as often."""
+    """n training angles [B]: even in [0, π/2), or, of another schedule, any of its own."""
     u = torch.rand(n, generator=generator, device=generator.device)
     if schedule == "angular":
         return HALF_PI * u
-    table = all_angles(schedule, u.device)
-    return table[(u * len(table)).long()]
+    own = torch.tensor(angles(1000, schedule)[:-1], device=u.device)
+    return own[(u * len(own)).long()]
 
 
-def predictor_of(net, settings, args, processes):
-    """The predictor of a run: its network and the settings that say what the outputs are."""
-    return predictor(net, settings["predict"], unet.use_bf16(args.precision, processes.device))
+# ----------------------------------------------------------------------------------- 6 command line
 
-
-def network_of(settings, channels):
-    """unet.UNet's arguments: two outputs, x̂₀ and ε̂, or the one that `predict` names."""
-    outputs = (channels,) * (2 if settings["predict"] == "both" else 1)
-    return {"channels": channels, "outputs": outputs, "size": settings["image_size"],
-            **{key: settings[key] for key in NETWORK}}
-
-
-def trained_model(run, settings, checkpoint, args, processes, n):
-    """(model, x): the predictor of a run's EMA weights, made fast, and zeros, as many of n images as go in a call."""
-    network = network_of(settings, checkpoint["network"].get("channels", 3))
-    net = unet.create(network, processes.device)[1]
-    data.restore(run, checkpoint, ema=net)
-    net = unet.parallel(net, processes.device, compile=args.compile)
-    return unet.fast_batch(predictor_of(net, settings, args, processes), n, network, processes.device)
-
-
-def solver_of(settings, args, solver=None):
-    """(steps, the other arguments of `sample`), as asked for or by default. Raises ValueError for what can't be."""
-    predict, schedule, last, steps = settings["predict"], settings["schedule"], args.last, args.steps or 10
-    solver = solver or args.solver or "ddim2"
-    for wrong, sentence in (
-            (last and solver not in ("heun", "rk4"), f"--last is for --solver heun and rk4, not {solver}"),
-            (args.heads and solver not in HEADS, f"--heads is for --solver {', '.join(HEADS)}, not {solver}"),
-            *((value is not None and predict != "both", f"{flag} is for two outputs: --predict both")
-              for flag, value in (("--heads", args.heads), ("--gamma", args.gamma), ("--second", args.second))),
-            (predict == "image" and solver in ("heun", "rk4") and not last,
-             f"{solver} ends at η = 0, where an image-only network can't name the noise: add --last midpoint")):
-        if wrong:
-            raise ValueError(sentence)
-    infinite = predict == "noise" and schedule == "angular"     # its x̂₀ at π/2
-    options = {"solver": solver, "heads": args.heads or "project", "last": last, "schedule": schedule,
-               "clip": predict == "noise" if args.clip is None else args.clip, "start": 0.999 if infinite else 1.0}
-    angles(steps, schedule, options["start"])
-    return steps, options
-
-
-def write_samples(run, settings, checkpoint, args, processes):
-    """Sample with the EMA weights: two pictures into the run directory, or single PNGs into --out."""
-    steps, options = solver_of(settings, args)
-    model, x = trained_model(run, settings, checkpoint, args, processes, args.n)
-
-    def draw(x1, generators, watch):
-        return sample(model, x1, steps, generator=generators, watch=watch, **options)
-
-    shown = {"steps": steps, **options, "heads": options["heads"] if options["solver"] in HEADS else None}
-    network_calls = calls(options["solver"], steps, options["last"])
-    data.draw_samples(draw, x, run, checkpoint, args, network_calls, shown, processes)
-
-
-def write_forward(run, settings, checkpoint, args, processes):
-    """One image on its way to noise, and cot²η."""
-    def way(x0, eps, t, ts):
-        return diffuse(x0, eps, HALF_PI * t), {"angular": torch.tan(HALF_PI * ts) ** -2}
-    data.forward_figure("angular", way, settings, processes)
-
-
-def write_solvers(run, settings, checkpoint, args, processes):
-    """All solvers that this run's network has, from the same noises."""
-    model, x = trained_model(run, settings, checkpoint, args, processes, 3)
-    unfit = ("heun", "rk4") if settings["predict"] == "image" else ()       # they would ask it for the noise at η = 0
-
-    def draw(solver, steps, x1, generators):
-        steps, options = solver_of(settings, argparse.Namespace(**{**vars(args), "steps": steps}), solver)
-        return sample(model, x1, steps, generator=generators, **options)
-    data.solver_figure(draw, {name: n for name, n in SOLVERS.items() if name not in unfit}, x, run, settings, args)
-
-
-def write_schedules(run, settings, checkpoint, args, processes):
-    """Figures 2 and 3, β_t and ᾱ_t of the three schedules: angular-schedules.csv and .png."""
-    i, T = torch.arange(1, 1001), 1000
-    betas = {name: beta(i, T, name).tolist() for name in SCHEDULES} | {"jsd as printed, 1/t": (1 / i).tolist()}
-    alpha_bars = {name: alpha_bar(i, T, name).tolist() for name in SCHEDULES}
-    data.curves("angular-schedules", ("t", i.tolist()), {"β_t": betas, "ᾱ_t": alpha_bars}, log=("β_t",))
-
-
-@torch.no_grad()
-def write_errors(first, base, checkpoint, args, processes):
-    """Figure 4: squared errors of x̂₀ and ε̂ against t, their mean and spread over --n training images, as errors.csv
-    and .png of the first run; of two heads also when projected. All runs of --errors see the same images and noise.
-    """
-    runs, ts = [(first, base, checkpoint)], [(k + 0.5) / 25 for k in range(25)]
-    for run in args.errors[1:]:
-        other = argparse.Namespace(**{**vars(args), "run": run})
-        runs.append(data.open_run("angular", other, DEFAULTS, PAPER, NETWORK))
-    seen = {(s["dataset"], s["data_dir"], s["image_size"], c["network"].get("channels")) for _, s, c in runs}
-    if len(seen) > 1 or len({run.resolve() for run, _, _ in runs}) < len(runs):
-        raise data.Problem("--errors compares different runs, trained on the same images", 2)
-    generators = data.image_generators(base["seed"] if args.seed is None else args.seed, range(args.n))
-    images = data.load(base["dataset"], base["data_dir"], base["image_size"], processes)
-    index = torch.stack([torch.randint(len(images), (), generator=g) for g in generators])
-    x0 = data.to_float(images[index.to(images.device)]).to(processes.device)
-    eps, panels = data.randn(x0, generators), {"squared error of x̂₀": {}, "squared error of ε̂": {}}
-    for run, settings, checkpoint in runs:
-        model, x = trained_model(run, settings, checkpoint, args, processes, args.n)
-        name = f"{settings['predict']} ({run})"
-        names = [name, f"{name} projected"] if settings["predict"] == "both" else [name]
-        errors = torch.empty(len(names), 2, len(ts), args.n)
-        for k, t in enumerate(ts):
-            for part in torch.arange(args.n).split(len(x)):
-                eta = x.new_full((len(part),), HALF_PI * t)
-                xt = diffuse(x0[part], eps[part], eta)
-                heads = model(xt, eta / HALF_PI)
-                for error, pair in zip(errors, (heads, project(xt, *heads, eta))):     # one output: the first alone
-                    error[0, k, part] = distance(pair[0] - x0[part]).cpu()
-                    error[1, k, part] = distance(pair[1] - eps[part]).cpu()
-        for name, both in zip(names, errors):
-            for named, error in zip(panels.values(), both):
-                named[name] = error.mean(1).tolist(), error.std(1, correction=0).tolist()
-    data.curves(first / "errors", ("t = η / (π/2)", ts), panels, log=tuple(panels))
-
-
-def write_estimates(run, settings, checkpoint, args, processes):
-    """Figure 9: x̂₀ on the way from the same noises, up to four, by each solver of --estimates: estimates.png."""
-    model, x = trained_model(run, settings, checkpoint, args, processes, min(args.n, 4))
-    rows, ts = [], [1 - k / 10 for k in range(11)]
-    seed = settings["seed"] if args.seed is None else args.seed
-    for solver in args.estimates:
-        steps, options = solver_of(settings, args, solver)
-        generators, frames = data.image_generators(seed, range(len(x))), []
-        sample(model, data.randn(x, generators), steps, generator=generators,
-               watch=lambda t, _, x0: frames.append((t, x0.cpu())), **options)
-        frames.reverse()                                        # heun and rk4 ask at t = 0 before the image is there
-        rows.append([min(frames, key=lambda frame: abs(frame[0] - t))[1] for t in ts])
-    images = torch.stack([frame[i] for i in range(len(x)) for row in rows for frame in row])
-    picture = data.picture(data.to_uint8(images), len(ts), [f"t={t:.1g}" for t in ts])
-    data.save_png(picture, run / "estimates.png")
-    print(f"wrote {run}/estimates.png: for each noise, a row by {', then one by '.join(args.estimates)}")
-
-
-# -------------------------------------------------------------------------------------------------- 6 command line
-
-COMMON = dict(predict="both", schedule="angular", gamma=1.0, norm="squared", second="decoder", seed=0)
-DEFAULTS = {dataset: {**sizes, **COMMON} for dataset, sizes in unet.COMPACT.items()}
-DEFAULTS["shapes"] |= dict(second="conv")
+FLAGS = dict(
+    predict=("both", "what the network is asked for", ("both", "x0", "eps")),
+    schedule=("angular", "of the angle: even, or DDPM's linear β", ("angular", "linear")),
+    velocity_weight=(1.0, "γ, the weight of the velocity's loss, for both outputs", (0, 1000)),
+    norm=("l2", "of the errors: squared, or rms, as printed", ("l2", "rms")),
+    second=("decoder", "what makes the second output", ("decoder", "conv")))
+SAMPLING = dict(
+    steps=(10, "steps of the solver; in each midpoint and heun call twice, rk4 four times", None),
+    solver=("ddim2", "second order, first, Runge and Kutta's, cold diffusion's, DDPM's", SOLVERS),
+    last=("", "the last step of heun and rk4, which otherwise leave noise", ("euler", "midpoint")),
+    heads=("project", "outputs made to agree with x, or raw", ("project", "raw")),
+    clip=(None, "keep every x̂₀ in [-1, 1] (default: if the network names eps alone)", None))
 DDIM = dict(width=128, blocks=2, attention=(16,), dropout=0.1, batch_size=128, lr=2e-4, ema=0.9999)
-PAPER = {"cifar10": {**DDIM, "mult": (1, 2, 2, 2), "iterations": 800_000},         # the paper builds on DDIM's networks
-         "celeba": {**DDIM, "mult": (1, 2, 2, 2, 4), "iterations": 500_000},
-         "lsun-church": {**DDIM, "image_size": 256, "mult": (1, 1, 2, 2, 4, 4), "dropout": 0.0, "batch_size": 64,
-                         "lr": 2e-5, "iterations": 1_135_000}}
-NETWORK = ("width", "mult", "blocks", "attention", "dropout", "second")
-
-FIGURES = {"forward": (write_forward, "dataset data_dir image_size seed"),                  # and the flags each heeds
-           "solvers": (write_solvers, "run dataset data_dir seed clip"),
-           "schedules": (write_schedules, ""),
-           "errors": (write_errors, "dataset data_dir seed n"),
-           "estimates": (write_estimates, "run dataset data_dir seed n steps last heads clip")}
+PRESETS = {                         # the paper builds on DDIM, and gives iterations for churches
+    "shapes": dict(second="conv"),
+    "paper cifar10": DDIM | dict(mult=(1, 2, 2, 2), iterations=800_000),
+    "paper celeba": DDIM | dict(mult=(1, 2, 2, 2, 4), iterations=500_000),
+    "paper lsun-church": DDIM | dict(image_size=256, mult=(1, 1, 2, 2, 4, 4), dropout=0.0, lr=2e-5,
+                                     batch_size=64, ema=0.999, iterations=1_135_000)}
 
 
-def arguments(argv=None):
-    """Parse the command line; a flag that was not given is None (or False, if it is a switch)."""
-    parser, group = data.parser("angular", __doc__, DEFAULTS, PAPER)
-    add = group["what to do"].add_argument
-    add("--schedules", action="store_true", help="draw Figures 2 and 3 here, by matplotlib")
-    add("--errors", nargs="+", metavar="RUN", help="draw Figure 4, errors against t, of these runs, into the first, by "
-        "matplotlib")
-    add("--estimates", nargs="+", choices=SOLVERS, metavar="SOLVER", help="draw Figure 9: x̂₀ from one noise, by each")
-    add = group["method"].add_argument
-    add("--predict", choices=("both", "noise", "image"), help="what the network is asked for")
-    add("--schedule", choices=("angular", "linear"), help="of the angle: even, or DDPM's linear β")
-    add("--gamma", type=data.number(float, 0, 1000), help="weight of the velocity's loss, 0 to 1000, for two outputs")
-    add("--norm", choices=("squared", "plain"), help="of the errors: squared, or not, as printed")
-    add("--second", choices=("decoder", "conv"), help="what makes the second output: a decoder, or two convolutions")
-    add = group["sampling"].add_argument
-    add("--solver", choices=SOLVERS, help="euler (the paper's), midpoint, heun, rk4: 1, 2, 2 and 4 network calls a "
-        "step; 1: the rotation (ddim) and its second order (ddim2, default), cold diffusion's rule, ddpm's")
-    add("--last", choices=("euler", "midpoint"), help="the last step of heun and rk4, which otherwise leave noise")
-    add("--heads", choices=("project", "raw"), help="of ddim, ddim2, ddpm: made to agree with x (default), or as is")
-    add("--clip", action=argparse.BooleanOptionalAction,
-        help="keep every estimate x̂₀ in [-1, 1] (default: where the network names the noise alone)")
-    return parser.parse_args(argv)
+def network(s, channels):
+    """unet.UNet's arguments: an output for x̂₀ and one for ε̂, or one of the two."""
+    outputs = (channels,) * (2 if s.predict == "both" else 1)
+    return dict(channels=channels, outputs=outputs, second=s.second, **unet.sizes(s))
+
+
+def sampler(run):
+    """walk's options, as asked for or by default. Raises ValueError for what cannot be."""
+    s, args = run.settings, run.args
+    last = args.last or None
+    check_solver(args.solver, args.heads, last)
+    if s.predict == "x0" and args.solver in ("heun", "rk4") and not last:
+        raise ValueError(f"{args.solver} ends at η = 0, where a network that names x0 alone cannot "
+                         f"tell the noise: add --last midpoint")
+    endless = s.predict == "eps" and s.schedule == "angular"  # its x̂₀ at π/2 would be infinite
+    start = 0.999 if endless else 1.0
+    angles(args.steps, s.schedule, start)
+    clip = s.predict == "eps" if args.clip is None else args.clip
+    return dict(solver=args.solver, heads=args.heads, last=last, schedule=s.schedule, clip=clip,
+                start=start)
+
+
+def trained(run):
+    """The model to sample with: the averaged weights, and what their outputs mean."""
+    return predictor(run.averaged(unet.UNet), run.settings.predict, run.bf16)
+
+
+def write_samples(run):
+    """Pictures or single PNGs, drawn with the averaged weights."""
+    model, steps, options = trained(run), run.args.steps, sampler(run)
+
+    def walked(x1, generators):
+        return walk(model, x1, steps, generator=generators, **options)
+
+    data.draw(run, walked, calls(options["solver"], steps, options["last"]), steps=steps, **options)
 
 
 @data.command
 def main(argv=None):
-    """The command line. Raises SystemExit: 1 or 2 with a sentence on stderr, 130 or 143 when stopped by a signal."""
-    args = arguments(argv)
-    write, of_run = data.figure(args, FIGURES)
-    if args.errors:                                         # which names its runs itself
-        args.run, of_run = args.errors[0], True
-    run, settings, checkpoint = data.open_run("angular", args, DEFAULTS, PAPER, NETWORK, of_run=of_run)
-    with data.bad_arguments():                              # what can't go together is said before anything is started
-        for solver in args.estimates or [None]:
-            solver_of(settings, args, solver)
-        with torch.device("meta"):
-            unet.UNet(**network_of(settings, 3))
-    processes = data.start(args.device)
-    if args.train:
-        train(run, settings, checkpoint, args, processes)
-    if args.sample:
-        write_samples(run, settings, data.load_checkpoint(run / "checkpoint.pt"), args, processes)
-    if write and processes.rank == 0:                       # one process's work
-        write(run, settings, checkpoint, args, processes._replace(world=1))
+    """The command line. Exits with 2 for bad arguments, 1 for other problems, 130 for Ctrl-C."""
+    run = data.open_run("angular", __doc__, FLAGS | unet.FLAGS, SAMPLING, PRESETS, argv)
+    with data.refusals(), torch.device("meta"):               # what cannot be is said first
+        unet.UNet(**network(run.settings, 3))
+        sampler(run)
+    if run.args.train:
+        train(run)
+    if run.args.sample:
+        write_samples(run)
 
 
 if __name__ == "__main__":
