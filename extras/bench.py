@@ -1,0 +1,150 @@
+"""What the shared U-Net costs on this machine: parameters, FLOPs, and images a second.
+
+    python -m extras.bench                  the demo's network, and three of CIFAR-10's size
+    python -m extras.bench --diffusers      against diffusers' U-Net of the same size
+
+FLOPs count a multiply-add as two, and a training step as three calls. Times are taken by turns.
+"""
+
+import argparse
+import functools
+from statistics import median
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+import angular
+import data
+import unet
+
+SMALL = dict(width=32, mult=(1, 2, 2), blocks=1, attention=(8,), size=16, dropout=0.0)
+NETWORKS = {
+    "demo (shapes, 16x16)": SMALL | dict(second="conv"),
+    "CIFAR-10, one output": dict(outputs=(3,)),
+    "CIFAR-10, U-Net+conv": dict(second="conv"),
+    "CIFAR-10, U-Net+decoder": dict()}
+
+
+def flops(net, x, t):
+    """Floating-point operations of one call, by torch's counter."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        net(x, t)                                             # it cannot count fused attention
+    return counter.get_total_flops()
+
+
+def seconds(calls, rounds=3):
+    """{name: seconds, one number a round} of calls, by turns. A Timer calls twice to warm up."""
+    timers = {name: Timer("f()", globals=dict(f=call), num_threads=torch.get_num_threads())
+              for name, call in calls.items()}
+    taken = [{name: timer.timeit(1).mean for name, timer in timers.items()}
+             for _ in range(rounds)]                          # it also waits for a GPU
+    return {name: [each[name] for each in taken] for name in calls}
+
+
+def ways(net, *given):
+    """(a training step: forward, backward and optimizer; a sampler's call) of a network."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+
+    def training():
+        out = net.train()(*given)
+        out = out if isinstance(out, tuple) else [out.sample]
+        sum(each.float().square().mean() for each in out).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def sampling():
+        return net.eval()(*given)
+
+    return training, sampling
+
+
+def report(name, arguments, batch, bf16=False, compiled=False):
+    """Print what UNet(**arguments) costs, also as a share of a large matrix product's speed."""
+    net = unet.UNet(**arguments).to(memory_format=torch.channels_last)
+    size = arguments.get("size", 32)
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    t = torch.rand(batch)
+    work = flops(net, x[:1], t[:1])
+    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    data.say(f"{name}: {millions:.2f} M parameters, {work / 1e9:.3f} GFLOPs a call")
+    n = 8192 if x.is_cuda else 2048
+    a = torch.randn(n, n, dtype=torch.bfloat16 if bf16 else torch.float32)
+    calls = dict(product=lambda: a @ a)
+    calls["training"], calls["sampling"] = ways(net, x, t)
+    if compiled:
+        calls["training, compiled"], calls["sampling, compiled"] = ways(torch.compile(net), x, t)
+    taken = seconds(calls)
+    best = 2 * n ** 3 / median(taken.pop("product")) / 1e12
+    for way, times in taken.items():
+        rate = batch / median(times)
+        done = rate * work * (3 if way.startswith("training") else 1) / 1e12
+        data.say(f"    {way:20} {rate:10,.1f} images/s   {done:8.3g} TFLOP/s, "
+                 f"{done / best:4.0%} of a large product's {best:.3g}")
+
+
+def against_diffusers(batch, bf16=False, rounds=5):
+    """Print images/s of our U-Net and diffusers', in training, in a call, and in ten steps."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise data.Problem("--diffusers needs diffusers: pip install diffusers") from error
+    ours = unet.UNet(outputs=(3,)).to(memory_format=torch.channels_last)
+    down = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
+    up = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    theirs = diffusers.UNet2DModel(
+        sample_size=32, block_out_channels=(128, 256, 256, 256), dropout=0.1,
+        attention_head_dim=64, down_block_types=down, up_block_types=up
+    ).to(memory_format=torch.channels_last)
+    sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (ours, theirs)]
+    data.say("ours {:.2f}, diffusers {:.2f} M parameters".format(*sizes))
+    x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    t = torch.rand(batch)
+    model = angular.predictor(ours, "eps", bf16)
+
+    @torch.no_grad()
+    def denoise(scheduler, image=x):
+        scheduler.set_timesteps(10, device=x.device)
+        for i in scheduler.timesteps:
+            image = scheduler.step(theirs(image, i).sample, i, image).prev_sample
+
+    ddim2 = functools.partial(angular.sample, model, x, 10, "ddim2", start=0.999, clip=True)
+    both = zip(ways(ours, x, t), ways(theirs, x, 1000 * t))
+    pairs = dict(zip(("training step", "network call"), both))
+    pairs["ddim2, DDIM"] = ddim2, lambda: denoise(diffusers.DDIMScheduler())
+    pairs["ddim2, DPM-Solver++"] = ddim2, lambda: denoise(diffusers.DPMSolverMultistepScheduler())
+    for name, calls in pairs.items():
+        a, b = seconds(dict(enumerate(calls)), rounds).values()
+        ratios = sorted(y / x for x, y in zip(a, b))
+        data.say(f"{name:25} ours {batch / median(a):8.2f}, diffusers {batch / median(b):8.2f}, "
+                 f"ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+@data.command
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__.split("\n\n")[0])
+    parser.error = data.complain
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--batch-size", type=data.number(int, 1), help="128 on a GPU, else 8")
+    parser.add_argument("--compile", action="store_true", help="also by torch.compile")
+    parser.add_argument("--diffusers", action="store_true", help="instead: against diffusers")
+    args = parser.parse_args(argv)
+    device = data.choose_device(args.device)
+    cuda = device.type == "cuda"
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    batch = args.batch_size or (128 if cuda else 8)
+    where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    data.say(f"PyTorch {torch.__version__}, {where}, {'bf16' if bf16 else 'fp32'}, "
+             f"batches of {batch}; medians of images/s")
+    with device, torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
+        if args.diffusers:
+            return against_diffusers(batch, bf16)
+        for name, arguments in NETWORKS.items():
+            report(name, arguments, batch, bf16, args.compile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""What neighbours, figures, bench and fd claim. (tasks has tests of its own.)"""
+
+import csv
+import json
+import pathlib
+import re
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import angular
+import blurring
+import data
+import ddm
+import pixel_aware
+import unet
+from extras import bench, fd, figures, neighbours
+
+torch.set_num_threads(1)
+TINY = "--train --width 8 --mult 1 1 --blocks 1 --attention --image-size 8 --batch-size 4"
+HEAT = dict(K=200, widest=24.0)
+WIDTHS = [0, *np.geomspace(0.5, 24, 200)]                     # as IHDM's own code has them
+
+
+def randn(*shape, seed=0):
+    """Normal numbers in float64."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def close(got, want, rtol=0.0, atol=1e-12):
+    """Fail unless these are equal, to within rtol or atol."""
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """In an empty directory: call(module, flags) returns what its main prints."""
+    draw = data.shapes
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "shapes", lambda n, size: draw(20, size))
+
+    def call(module, flags, status=0):
+        got = 0
+        try:
+            module.main(flags.split())
+        except SystemExit as stop:
+            got = stop.code
+        out, err = capsys.readouterr()
+        if status is not None:                                # curves: 1, without matplotlib
+            assert (got, err.count("\n")) == (status, status > 0), (flags, out, err)
+        return out + err
+
+    return call
+
+
+def train(cli, script, more=""):
+    """A run of a few steps."""
+    own = "--T 12 --code 32 --heads-per-step 5" if script is pixel_aware else ""
+    cli(script, f"{TINY} --iterations 3 --lr 0.05 {own} {more}")
+
+
+def table(path):
+    """{column: numbers} of a CSV."""
+    header, *rows = csv.reader(pathlib.Path(path).read_text().splitlines())
+    return dict(zip(header, np.array(rows, float).T))
+
+
+def tiles(path):
+    """The images of a picture, [rows, columns, 64, 64, 3]."""
+    picture = np.asarray(Image.open(path).convert("RGB"), int)[2:, 2:]
+    height, width, _ = picture.shape
+    picture = picture.reshape(height // 66, 66, width // 66, 66, 3)
+    return picture.swapaxes(1, 2)[:, :, :64, :64]
+
+
+def heat(x, width):
+    """x blurred by so many pixels."""
+    damping = torch.exp(-blurring.frequencies(x.shape[-2:], x) * width ** 2 / 2)
+    return blurring.idct(damping * blurring.dct(x))
+
+
+@pytest.mark.parametrize("process, sigma, value", [("ihdm", 0.02, 0.25), ("cold", 0, 0.5)])
+def test_neighbours_lose_what_their_networks_are_asked_for(process, sigma, value):
+    """Eq. 10, 12: A_k x + σ n in, A_{k-1} x - z_k out, squared. Cold: A_k x in, x out, L1. Both
+    miss by .5. Catches a target with noise, and level k for k - 1.
+    """
+    x0, eps = randn(2, 1, 1, 16, 16)
+
+    def net(z, t):
+        close(z, heat(x0, WIDTHS[2]) + sigma * eps)
+        close(t, 2 / 200)
+        answer = heat(x0, WIDTHS[1]) - z if process == "ihdm" else x0
+        return answer + 0.5,
+
+    model = neighbours.predictor(net, process)
+    k = torch.tensor([2.0]).double()
+    close(neighbours.loss(model, x0, eps, k, process, **HEAT), value)
+
+
+def test_ihdm_transitions_lead_from_level_to_level():
+    """Eq. 17: from A_s x to A_t x. Catches d_t/d_s, which is 0/0 in float32 at last."""
+    x0 = randn(1, 1, 16, 16)
+    s, t = torch.tensor([[60.0], [90.0]]).double()
+    alpha, _ = neighbours.transition(t, s, 16, **HEAT)
+    close(alpha * blurring.dct(heat(x0, WIDTHS[60])), blurring.dct(heat(x0, WIDTHS[90])))
+    k = torch.arange(1, 201).float()
+    for part in neighbours.transition(k, k - 1, 32, **HEAT):
+        assert torch.isfinite(part).all()
+
+
+def test_ihdm_sampler_is_eq_11():
+    """f(u, k) + δ n for k = K ... 1, at last without noise. Catches σ for δ, and a grain left."""
+    z1 = randn(20000, 1, 1, 1)
+    way = neighbours.walk(lambda z, t: z / 2 + t[0], z1, 2, delta=0.3, K=2, widest=9.0)
+    *_, (_, x, _) = way
+    close(x.mean(), 0.5 * 1 + 0.5, atol=0.01)
+    close(x.var(), 0.25 * (0.25 + 0.09), rtol=0.04)
+
+
+@pytest.mark.parametrize("solver, left", [("naive", 0), ("improved", 1)])
+def test_cold_rules_leave_of_a_constant_error(solver, left):
+    """Of e, naive leaves e, and improved (1 - d_K) e. Catches a sign, and levels skipped."""
+    x0, error = randn(2, 1, 1, 16, 16)
+    way = neighbours.walk(lambda z, t: x0 + error, heat(x0, 24), 20, solver, **HEAT)
+    *_, (_, x, _) = way
+    close(x - x0, error - left * heat(error, 24), atol=1e-11)
+
+
+@pytest.mark.parametrize("process", ["ihdm", "cold"])
+def test_neighbours_learn_every_level_and_start_from_blurred_images(process, cli, monkeypatch):
+    """Catches the released code's range of levels, without K, where its sampler starts; and a
+    start from noise.
+    """
+    loss = mock.Mock(side_effect=neighbours.loss)
+    walk = mock.Mock(side_effect=neighbours.walk)
+    monkeypatch.setattr(neighbours, "loss", loss)
+    monkeypatch.setattr(neighbours, "walk", walk)
+    run = f"{process} {TINY} --batch-size 2000 --iterations 1 --levels 5 --sample --n 6"
+    cli(neighbours, run)
+    close(np.bincount(loss.call_args.args[3].long()) / 400, [0, 1, 1, 1, 1, 1], atol=0.15)
+    images = heat(data.to_float(torch.from_numpy(data.shapes(20, 8))), 6)
+    distance = (walk.call_args.args[1][:, None] - images).abs().amax((2, 3, 4))
+    close(distance.amin(1), 0, atol=1e-5)
+
+
+def test_neighbours_refuse_what_cannot_be(cli):
+    """Before anything is begun, in a sentence. Catches a traceback, and steps between levels."""
+    for flags in ("", "blurring --train", "ihdm --train --steps 3", "cold --train --steps 3",
+                  "cold --train --sigma-blur-max 0.4", "ihdm --train --solver naive", "cold"):
+        cli(neighbours, flags, status=2)
+    for mode in ("L", "RGB"):
+        pathlib.Path(mode).mkdir()
+        Image.new(mode, (8, 8)).save(f"{mode}/a.png")
+    cli(neighbours, f"cold {TINY} --run r --iterations 1 --dataset folder --data-dir L")
+    assert "channels" in cli(neighbours, "cold --sample --run r --data-dir RGB", status=1)
+
+
+def test_forward_shows_one_image_and_its_signal_to_noise_ratio(cli):
+    """All begin with one image. The ratio is x_t's of ones in x₀ and in ε. Catches a ratio of
+    amplitudes, a time upside down, and another image.
+    """
+    cli(figures, "forward --image-size 8", None)
+    rows = tiles("runs/figures/forward.png")
+    close(rows[:, 0], rows[[0] * 8, 0], atol=5)               # blurring begins with some noise
+    found = table("runs/figures/snr.csv")
+    t = torch.from_numpy(found["t"])
+    one = torch.ones(100, 1, 8, 8).double()
+    s = mock.Mock(sigma_blur_max=4.0, blur_schedule="sin2", d_min=0.001)
+    names = {"ddm": ddm, "angular": angular, "blurring, mean colour": blurring}
+    for name, script in names.items():
+        image = figures.noisy(script, s, one, 0 * one, t)
+        noise = figures.noisy(script, s, 0 * one, one, t)
+        close(found[name], (image / noise)[:, 0, 0, 0] ** 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("script", figures.SCRIPTS.values(), ids=figures.SCRIPTS)
+def test_solvers_show_what_sampling_draws(script, cli):
+    """Each tile is --sample's. Catches steps for calls, fresh noise, and another solver's name."""
+    train(cli, script)
+    run = f"runs/{script.__name__}-shapes"
+    said = cli(figures, f"solvers {run}")
+    rows = re.search("rows: (.*)", said)[1].split(", ")
+    shown = tiles(f"{run}/solvers.png")
+    each = {"rk4": 4, "mean": 2, "literal": 2}
+    for solver in (rows[0], rows[len(rows) * 5 // 8], rows[-1]):
+        steps = 20 // each.get(solver, 1)
+        cli(script, f"--sample --solver {solver} --steps {steps} --n 3")
+        images = tiles(f"{run}/samples.png").reshape(4, 64, 64, 3)
+        close(shown[rows.index(solver), 6:], images[:3], atol=1)
+
+
+def test_curves_are_written_without_matplotlib_and_drawn_with_it(cli, monkeypatch):
+    """Figures 2 and 3. Catches a CSV that needs the picture, and a curve that is not drawn."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    assert "pip install matplotlib" in cli(figures, "schedules", status=1)
+    beta = table("runs/figures/beta.csv")
+    close(beta["linear"][[0, -1]], [1e-4, 0.02])
+    library = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "matplotlib", library)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", library)
+    cli(figures, "schedules")
+    assert str(library.mock_calls).count("errorbar(") == 4 + 3
+
+
+def test_errors_compare_runs_on_the_same_images(cli):
+    """A new network answers 0. So its error in what it names is the target's square at each t, and
+    Eq. 6 and 8 give the other's. Catches swapped outputs, and x at another angle.
+    """
+    for predict in ("both", "eps", "x0"):
+        train(cli, angular, f"--lr 1e-9 --predict {predict} --run {predict}")
+    cli(figures, "errors both eps x0 --n 40", None)
+    image = table("both/errors-x0.csv")
+    noise = table("both/errors-eps.csv")
+    tangent = np.tan(np.pi / 2 * image["t = η / (π/2)"])
+    x0 = image["x0 (x0)"][0]
+    eps = noise["eps (eps)"][0]
+    close(image["both (both)"], x0, rtol=1e-3)
+    close(noise["both (both)"], eps, rtol=1e-3)
+    close(image["eps (eps)"], eps * tangent ** 2, rtol=1e-2)  # x/cos η - x₀ = tan η ε
+    close(noise["x0 (x0)"], x0 / tangent ** 2, rtol=1e-2)
+
+
+def test_estimates_start_from_one_noise(cli):
+    """First x̂₀ are equal; last are the images, heun's too. Catches two noises, and x for x̂₀."""
+    train(cli, angular)
+    cli(figures, "estimates runs/angular-shapes ddim2 ddpm heun --n 4 --steps 2")
+    rows = tiles("runs/angular-shapes/estimates.png").reshape(4, 3, 11, 64, 64, 3)
+    close(rows[:, 1:, 0], rows[:, [0, 0], 0])
+    cli(angular, "--sample --solver heun --n 4 --steps 2")
+    samples = tiles("runs/angular-shapes/samples.png")
+    close(rows[0, 2, -1], samples[0, 0], atol=1)
+
+
+def test_linear_schedule_takes_as_long_as_figure_9_says():
+    """Figure 9's "150" for "400 to 500" is the schedule's: 465. Catches docs that say better."""
+    reached = angular.angles(1000, "angular")[150]
+    assert sum(angle > reached for angle in angular.angles(1000, "linear")) == 465
+
+
+def test_pixel_aware_figures_without_a_run(cli):
+    """The mean falls faster than DDPM's. Algorithm 1 errs by its formula, and as printed by more.
+    Catches a literal mode that reconstructs.
+    """
+    cli(figures, "moments --image-size 32", None)
+    _, ours, ddpm = table("runs/figures/moments-mean.csv").values()
+    assert ours[50:].mean() < ddpm[50:].mean()
+    cli(figures, "algorithm1 --T 50 --image-size 8", None)
+    *_, literal, silent, means, printed, formula = table("runs/figures/algorithm1.csv").values()
+    close(literal, formula, rtol=0.35)                        # it is of many steps
+    assert ((silent < literal) & (literal < printed)).all()
+    close(means, 0, atol=1e-9)
+
+
+def test_pixel_aware_figures_of_a_run(cli):
+    """The strips begin with the image, and end at x_T. Catches a way back upside down."""
+    train(cli, pixel_aware)
+    cli(figures, "strips runs/pixel_aware-shapes --steps 2 --solver literal")
+    rows = tiles("runs/pixel_aware-shapes/strips.png").reshape(3, 4, 11, 64, 64, 3)
+    close(rows[:, 0, 0], rows[:, 1, 0])
+    close(rows[:, 0, -1], rows[:, 2, -1], atol=1)
+    said = cli(figures, "estimates runs/pixel_aware-shapes --n 5")
+    assert len(re.findall(r"SSIM -?[01]\.\d{3}, rms error [01]\.\d{3}\n", said)) == 4 * 4 + 1
+
+
+def test_ssim_is_wang_and_bovik():
+    """For one window of an image and twice it, by its weighted moments. Catches a lost factor."""
+    x = randn(1, 1, 11, 11).sigmoid()
+    g = torch.exp(-torch.arange(-5, 6) ** 2 / 4.5)
+    w = g.outer(g) / g.sum() ** 2
+    m = (w * x).sum()
+    v = (w * x ** 2).sum() - m ** 2
+    want = (4 * m ** 2 + 1e-4) / (5 * m ** 2 + 1e-4) * (4 * v + 9e-4) / (5 * v + 9e-4)
+    close(figures.ssim(x, 2 * x), want, rtol=1e-6)
+
+
+def test_figures_refuse_what_they_would_ignore(cli):
+    """Solvers that a network lacks are left out. Catches a traceback, and an ignored flag."""
+    train(cli, ddm, "--h linear --no-precondition")
+    assert "rows: ode, ddm\n" in cli(figures, "solvers runs/ddm-shapes")
+    for flags in ("", "nothing", "forward --n 3", "forward runs/ddm-shapes", "solvers",
+                  "solvers runs/ddm-shapes --steps 3", "strips runs/ddm-shapes",
+                  "errors runs/ddm-shapes", "estimates runs/ddm-shapes rk5", "schedules --n 1"):
+        cli(figures, flags, status=2)
+    cli(figures, "errors nowhere", status=1)
+
+
+def test_flops_count_attention():
+    """Multiply-adds of qkv, out and scores, twice. Catches attention that is not counted."""
+    attention = unet.Attention(256, 64)
+    work = bench.flops(lambda x, t: attention(x), torch.randn(1, 256, 16, 16), None)
+    close(work, 2 * (4 + 2) * 256 ** 3)
+
+
+def test_bench_names_its_figures(cli, capsys, monkeypatch):
+    """Images/s, of calls by turns. Catches a rate of batches, and calls timed one by one."""
+    order = []
+    bench.seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 4)
+    assert "".join(order) == 4 * "aaabbb"                     # a Timer calls twice to warm up
+    monkeypatch.setattr(bench, "seconds", lambda calls: dict.fromkeys(calls, [0.5]))
+    bench.report("tiny", dict(width=8, mult=(1,), blocks=1, attention=(), size=8), 4)
+    said = capsys.readouterr().out
+    assert re.findall(r"(\w+) +8.0 images/s", said) == ["training", "sampling"]
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "pip install diffusers" in cli(bench, "--diffusers --device cpu", status=1)
+
+
+def test_fd_is_a_distance_of_folders(cli):
+    """Of Gaussians |m₁ - m₂|² + Σ (s₁ - s₂)². Catches a lost square root, and a traceback."""
+    f = randn(100, 3)
+    cov = f.T.cov()
+    close(fd.frechet(f, f.mean(0) + 1, 4 * cov), 3 + cov.trace(), rtol=1e-9)
+    images = data.shapes(20, 16)[:12]
+    np.save("all.npy", images)
+    for folder in ("png", "jpg", "empty"):
+        pathlib.Path(folder).mkdir()
+    for k, image in enumerate(images.transpose(0, 2, 3, 1)):
+        Image.fromarray(image).save(f"png/{k}.png")
+        Image.fromarray(image).save(f"jpg/{k}.JPG")
+    found = json.loads(cli(fd, "png --reference all.npy"))
+    close([*found.values()], [12, 0, 1, 1], atol=1e-3)
+    assert json.loads(cli(fd, "jpg --n 5"))["fd"] > 5
+    Image.new("RGB", (32, 32)).save("jpg/x.png")
+    for path in ("empty", "jpg", "nowhere"):
+        cli(fd, path, status=1)
