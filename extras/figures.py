@@ -111,7 +111,7 @@ def walk(script, run, models, n):
     steps, options = run.args.steps, script.sampler(run)
     if script is blurring:
         steps, options = options
-    scale = ddm.scale(run.settings) if script is ddm else 1
+    scale = ddm.SCALE.get(run.settings.h, 1) if script is ddm else 1
     for t, x, x0 in script.walk(*models, x1, steps, generator=generators, **options):
         yield t, x / scale, x0 / scale
 
