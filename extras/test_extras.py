@@ -19,6 +19,7 @@ import ddm
 import pixel_aware
 import unet
 from extras import bench, fd, figures, neighbours
+from test_all import oracle
 
 torch.set_num_threads(1)
 TINY = "--train --width 8 --mult 1 1 --blocks 1 --attention --image-size 8 --batch-size 4"
@@ -295,6 +296,16 @@ def test_flops_count_attention():
     attention = unet.Attention(256, 64)
     work = bench.flops(lambda x, t: attention(x), torch.randn(1, 256, 16, 16), None)
     close(work, 2 * (4 + 2) * 256 ** 3)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 3, 80])
+def test_bench_asks_ddm_and_the_circle_for_one_image(sigma):
+    """What an image with noise σ tells of x₀ does not depend on the process that made it. Catches
+    a wrong t, and an x that is not scaled.
+    """
+    x = randn(5, 1, 2, 2)
+    images = [bench.image_at(script, oracle(script), x, sigma) for script in (ddm, angular)]
+    close(*images, 0, 1e-9)
 
 
 def test_bench_names_its_figures(cli, capsys, monkeypatch):
