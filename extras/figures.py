@@ -414,8 +414,10 @@ def main(argv=None):
     if name not in FIGURES:
         raise data.Problem(f"say which figure: {', '.join(FIGURES)}", 2)
     figure, runs, flags = FIGURES[name]
+    usage = f"figures {name} {'RUN ... [flags]' if runs else '[flags]'}"
     parser = argparse.ArgumentParser(
-        description=figure.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        usage=usage, description=figure.__doc__, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)
     parser.error = data.complain
     if runs:
         parser.add_argument("runs", nargs=runs, metavar="RUN")
