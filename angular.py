@@ -19,14 +19,12 @@ other at one end of the arc. Their combination dx/dη is the v of Salimans and H
     R_θ, ε_θ  R, E        [B, C, H, W]   the network's two outputs, x̂₀ and ε̂
     Δ_t       h           number         a step back, from eta to s = eta - h
     t, T      i, T        whole numbers  the paper's times, i = 0 ... T, of the schedules alone
-    ᾱ_t, β_t  alpha_bar,  float64        cos²η_t, and 1 - ᾱ_t/ᾱ_{t-1}
-              beta
+    ᾱ_t, β_t  alpha_bar, beta   float64  cos²η_t, and 1 - ᾱ_t/ᾱ_{t-1}
     γ         gamma       number         the weight of the velocity's loss (--velocity-weight)
 
 Two choices here are not the paper's. Each has a flag that undoes it, and docs/angular.md says what
-it measured: a second-order solver (--solver euler is the paper's), and outputs made to agree with x
-(--heads raw). The paper does not say γ, nor which solver its tables used, nor how one network has
-two outputs.
+it measured: a third-order solver (--solver euler is the paper's), and outputs made to agree with x
+(--heads raw).
 """
 
 import functools
@@ -49,10 +47,7 @@ def like_image(t):
 
 
 def alpha_bar(i, T=1000, schedule="angular"):
-    """ᾱ_i = cos²η_i in float64. i: a tensor of whole numbers 0 ... T. schedule: one of SCHEDULES.
-
-    Sec. 3.1 swaps the ends: ᾱ is 1 at i = 0 (where dx/dᾱ is infinite by -ε), and 0 at i = T.
-    """
+    """ᾱ_i = cos²η_i in float64. i: a tensor of whole numbers 0 ... T. schedule: one of SCHEDULES."""
     if schedule == "angular":
         return torch.sin(HALF_PI * (T - i.double()) / T) ** 2                # exactly 0 at i = T
     if schedule == "jsd":
@@ -64,13 +59,12 @@ def alpha_bar(i, T=1000, schedule="angular"):
 def beta(i, T=1000, schedule="angular"):
     """β_i = 1 - ᾱ_i/ᾱ_{i-1} in float64. i: a tensor of whole numbers 1 ... T.
 
-    angular: by the sine of a difference, which keeps its digits at i = 1. linear: DDPM's. jsd, of
-    Sohl-Dickstein et al. (2015): the paper prints 1/t, which leaves no image after the first step;
-    1/(T - t + 1) makes ᾱ fall evenly.
+    linear: DDPM's. jsd, of Sohl-Dickstein et al. (2015): the paper prints 1/t, which leaves no image
+    after the first step; 1/(T - t + 1) makes ᾱ fall evenly.
     """
     i = i.double()
     if schedule == "angular":
-        h = HALF_PI / T
+        h = HALF_PI / T                                       # sin²a - sin²b keeps its digits so
         betas = torch.sin((2 * i - 1) * h) * math.sin(h) / torch.sin((T - i + 1) * h) ** 2
         return betas.clamp(max=1)
     if schedule == "jsd":
@@ -106,8 +100,7 @@ def diffuse(x0, eps, eta):
 def velocity(x0, eps, eta):
     """dx/dη: ε at η = 0, and -x₀ at π/2. It is v-prediction's target.
 
-    It is in η and not in the paper's t, in which the squared loss would weigh η'² = 2.5e-6. The dot
-    of Eq. 10 has η' in it already: multiply a step by h or by η', never by both.
+    The paper's is d/dt, η' times this: a step multiplies by h here, by Δt there, never by both.
     """
     eta = like_image(eta)
     return -eta.sin() * x0 + eta.cos() * eps                                           # Eq. 10, 11
@@ -188,7 +181,8 @@ def rk4(v, x, eta, h):
 
 
 RUNGE_KUTTA = {"euler": (euler, 1), "midpoint": (midpoint, 2), "heun": (heun, 2), "rk4": (rk4, 4)}
-SOLVERS = ("ddim2", "ddim", *RUNGE_KUTTA, "cold", "ddpm")
+MULTISTEP = {"ddim3": 3, "ddim2": 2}                          # and their orders
+SOLVERS = (*MULTISTEP, "ddim", *RUNGE_KUTTA, "cold", "ddpm")
 
 
 def calls(solver, steps, last=None):
@@ -209,10 +203,7 @@ def ddim_step(x0, eps, s):
 
 
 def ancestral_step(x, x0, eta, s, z):
-    """A draw of DDPM's posterior q(x_s | x, x₀), with z ~ N(0, I).
-
-    Written from ε̂, as DDPM has it, it would divide by √α_T = 0 at π/2. From x̂₀ it does not.
-    """
+    """A draw of DDPM's posterior q(x_s | x, x₀), with z ~ N(0, I)."""
     beta_cos2 = math.sin(eta + s) * math.sin(eta - s)         # β cos² s = cos² s - cos² η
     mean = math.cos(eta) * math.sin(s) ** 2 * x + beta_cos2 * x0
     mean = mean / (math.cos(s) * math.sin(eta) ** 2)                                   # Eq. 3
@@ -220,13 +211,26 @@ def ancestral_step(x, x0, eta, s, z):
     return mean + spread * z
 
 
-def second_order(eta, s):
-    """What a slope dx̂₀/dη = 1 adds to DDIM's step from eta to s.
+def flow_time(eta):
+    """τ = noise/(image + noise) at the angle eta: 0 is the image, 1 the noise."""
+    return math.sin(eta) / (math.sin(eta) + math.cos(eta))
 
-    The ODE is d(x/sin η) = x̂₀ d(cot η). So it is sin s ∫ (e - η) d(cot e), by parts.
+
+def multistep(history, s):
+    """What a first-order step from flow time t0 to s lacks, of y = x/(cos η + sin η).
+
+    history: (τ, x̂₀) of this call, t0's, and of one or two before. Along flow time, dy/dτ is
+    (y - x̂₀)/τ, with a line or a parabola through the history for x̂₀ (docs/ddm.md).
     """
-    tail = math.sin(s) * math.log(math.sin(s) / math.sin(eta)) if s else 0.0
-    return (s - eta) * math.cos(s) - tail
+    (t0, x0), (t1, x1), *older = history
+    log = s * math.log(t0 / s) if s else 0.0
+    slope = (x0 - x1) / (t0 - t1)
+    gain = slope * (log - (t0 - s))
+    if older and s:                                           # the last step is of second order
+        (t2, x2), = older
+        bend = (slope - (x1 - x2) / (t1 - t2)) / (t0 - t2)
+        gain = gain + bend * ((t0 - s) * (t1 + s) - (t0 + t1) * log)
+    return gain
 
 
 @torch.no_grad()
@@ -235,8 +239,8 @@ def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=
     """From noise to image by net(x, t) -> (x̂₀, ε̂). Yields (t, x, x̂₀) for every call, and at last
     (0, image, image).
 
-    solver: euler (the paper's), midpoint, heun, rk4; ddim, along the circle; ddim2, the same to
-    second order from its second step on; cold, which makes ε̂ of x̂₀; ddpm, stochastic. heads:
+    solver: euler (the paper's), midpoint, heun, rk4; ddim, along the circle; ddim2 and ddim3, the
+    same of higher order as soon as there are calls enough; cold, which makes ε̂ of x̂₀; ddpm, stochastic. heads:
     project, so that they agree with x; or raw. clip: keep x̂₀ in [-1, 1], and make ε̂ of it. last:
     euler or midpoint, for the last step alone. generator: ddpm's, one or a list of B. ValueError.
     """
@@ -258,8 +262,9 @@ def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=
     def v(x, eta):
         return velocity(*look(x, eta), x.new_full((len(x),), eta))
 
-    x, etas = x1, angles(steps, schedule, start)
-    eta_last = x0_last = None
+    etas = angles(steps, schedule, start)
+    x = x1
+    history = []
     for eta, s in zip(etas, etas[1:]):
         rule = last if last and s == 0 else solver
         if rule in RUNGE_KUTTA:
@@ -271,9 +276,9 @@ def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=
                 x = ancestral_step(x, x0, eta, s, data.randn(x, generator))
             else:
                 x = ddim_step(x0, eps, s)
-            if rule == "ddim2" and eta_last:
-                x = x + (x0 - x0_last) / (eta - eta_last) * second_order(eta, s)
-            eta_last, x0_last = eta, x0
+            history = [(flow_time(eta), x0), *history][:MULTISTEP.get(rule, 1)]
+            if len(history) > 1:
+                x = x + (math.cos(s) + math.sin(s)) * multistep(history, flow_time(s))
         yield from seen
         seen.clear()
     yield 0.0, x, x
@@ -338,7 +343,7 @@ FLAGS = dict(
     second=("decoder", "what makes the second output", ("decoder", "conv")))
 SAMPLING = dict(
     steps=(10, "steps of the solver; in each midpoint and heun call twice, rk4 four times", None),
-    solver=("ddim2", "second order, first, Runge and Kutta's, cold diffusion's, DDPM's", SOLVERS),
+    solver=("ddim3", "of order 3, 2, 1, Runge and Kutta's, cold diffusion's, DDPM's", SOLVERS),
     last=("", "the last step of heun and rk4, which otherwise leave noise", ("euler", "midpoint")),
     heads=("project", "outputs made to agree with x, or raw", ("project", "raw")),
     clip=(None, "keep every x̂₀ in [-1, 1] (default: if the network names eps alone)", None))

@@ -27,8 +27,8 @@ pixels. The network sees and answers in pixels; only the schedules live in frequ
 
 Three choices here are not the paper's. Each has a flag that undoes it, and docs/blurring.md says
 what it measured: the network names v (--predict eps), x̂₀ is kept in [-1, 1] (--no-clip), and a
-second-order solver with few steps (--solver ancestral). Appendix A's pseudo-code does not run as
-printed; each correction stands beside its line.
+second-order solver with few steps, small ones near t = 0 (--solver ancestral). Appendix A's
+pseudo-code does not run as printed; each correction stands beside its line.
 """
 
 import functools
@@ -232,8 +232,22 @@ def second_order(t, s, size, **blur):
     return (s - t) * (alpha_s - sigma_s * mean_rho)
 
 
+GRIDS = {"dense": 1.75, "even": 1}                            # t is this power of even u
+
+
+def times(steps, grid="even"):
+    """The sampler's times 1 = t₀ > t₁ > ... > 0: even, or dense near the image. ValueError.
+
+    The paper prints T, T - 1/T, ..., 1/T, which are even steps of 1/T.
+    """
+    if grid not in GRIDS:
+        raise ValueError(f"there is no grid {grid}")
+    return [(1 - i / steps) ** GRIDS[grid] for i in range(steps)] + [0.0]
+
+
 @torch.no_grad()
-def walk(net, z1, steps, solver="ancestral", eta=0.0, clip=False, generator=None, **blur):
+def walk(net, z1, steps, solver="ancestral", eta=0.0, clip=False, generator=None, grid="even",
+         **blur):
     """From noise to image by `steps` calls of net. Yields (t, z_t, x̂₀) at each, at last (0, x, x).
 
     net(z_t, t) -> (ε̂,) or (x̂₀, ε̂), of which x̂₀ is used as it is. solver: ancestral, that is
@@ -245,8 +259,8 @@ def walk(net, z1, steps, solver="ancestral", eta=0.0, clip=False, generator=None
     z = z1
     size = z1.shape[-2:]
     t_last = ux_last = None
-    times = [1 - i / steps for i in range(steps)] + [0.0]     # printed as T, T - 1/T, ..., 1/T
-    for t, s in zip(times, times[1:]):
+    ts = times(steps, grid)
+    for t, s in zip(ts, ts[1:]):
         t_ = z.new_full((1,), t)                              # one time for the whole batch
         s_ = z.new_full((1,), s)
         heads = net(z, t_.expand(len(z)))
@@ -322,6 +336,7 @@ FLAGS = dict(
 SAMPLING = dict(
     steps=(0, "steps of the solver, each a network call (ddim2 20, ddim 50, ancestral 1000)", None),
     solver=("ddim2", "second order, first order, or Algorithm 1", tuple(SOLVERS)),
+    grid=("", "even times, or dense near t = 0 (ddim2: dense; others: even)", tuple(GRIDS)),
     eta=(0.0, "how random ddim is: 1 is as random as Algorithm 1", (0, 1)),
     clip=(None, "keep every x̂₀ in [-1, 1] (default: unless eps is named and there is blur)", None))
 PAPER = dict(predict="eps", blocks=3, dropout=0.2, ema=0.9999)                         # Table 5
@@ -352,7 +367,8 @@ def sampler(run):
     clip = args.clip
     if clip is None:                                          # x̂₀ of ε̂ and blur may be in the
         clip = s.predict != "eps" or s.sigma_blur_max == 0    # thousands: cutting it ruins samples
-    options = dict(solver=args.solver, eta=args.eta, clip=clip, **blur_of(s))
+    grid = args.grid or ("dense" if args.solver == "ddim2" else "even")
+    options = dict(solver=args.solver, grid=grid, eta=args.eta, clip=clip, **blur_of(s))
     return args.steps or SOLVERS[args.solver], options
 
 

@@ -2,12 +2,14 @@
 
     python -m extras.bench                  the demo's network, and three of CIFAR-10's size
     python -m extras.bench --diffusers      against diffusers' U-Net of the same size
+    python -m extras.bench --solvers RUN    our solvers and diffusers', on one trained network
 
 FLOPs count a multiply-add as two, and a training step as three calls. Times are taken by turns.
 """
 
 import argparse
 import functools
+import math
 from statistics import median
 
 import torch
@@ -17,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import angular
 import data
+import ddm
 import unet
+from extras import fd, figures
 
 SMALL = dict(width=32, mult=(1, 2, 2), blocks=1, attention=(8,), size=16, dropout=0.0)
 NETWORKS = {
@@ -85,12 +89,18 @@ def report(name, arguments, batch, bf16=False, compiled=False):
                  f"{done / best:4.0%} of a large product's {best:.3g}")
 
 
-def against_diffusers(batch, bf16=False, rounds=5):
-    """Print images/s of our U-Net and diffusers', in training, in a call, and in ten steps."""
+def library():
+    """The package diffusers. Raises data.Problem where it is missing."""
     try:
         import diffusers
     except ImportError as error:
-        raise data.Problem("--diffusers needs diffusers: pip install diffusers") from error
+        raise data.Problem("this comparison needs diffusers: pip install diffusers") from error
+    return diffusers
+
+
+def against_diffusers(batch, bf16=False, rounds=5):
+    """Print images/s of our U-Net and diffusers', in training, in a call, and in ten steps."""
+    diffusers = library()
     ours = unet.UNet(outputs=(3,)).to(memory_format=torch.channels_last)
     down = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
     up = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
@@ -122,6 +132,82 @@ def against_diffusers(batch, bf16=False, rounds=5):
                  f"ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
+# ------------------------------------------------------------------------- solvers, on one network
+
+OURS = {ddm: ("ode3", "ode2", "ode"), angular: ("ddim3", "ddim2", "ddim", "euler")}
+SCHEDULERS = {
+    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", dict(solver_order=2)),
+    "UniPC-2": ("UniPCMultistepScheduler", dict(solver_order=2)),
+    "DEIS-3": ("DEISMultistepScheduler", dict(solver_order=3))}
+SIGMAS = {                                                    # noise over image, by even u
+    "even angle": lambda u: math.tan(0.999 * math.pi / 2 * (1 - u * 0.999)),
+    "even log σ, 80 to .01": lambda u: 80 ** (1 - u) * 0.01 ** u,
+    "EDM's, 80 to .02": lambda u: (80 ** (1 / 7) * (1 - u) + 0.02 ** (1 / 7) * u) ** 7}
+
+
+def image_at(script, model, x, sigma):
+    """x̂₀ for x = (x₀ + σ ε)/√(1 + σ²), which is how diffusers scales its images."""
+    if script is angular:
+        eta = x.new_full((len(x),), math.atan(sigma))
+        heads = model(x, eta / angular.HALF_PI)
+        return angular.project(x, *heads, eta)[0]
+    n = (math.sqrt(1 + 4 * sigma ** 2) - 1) / (2 * sigma)     # n / (1 - n²) = σ
+    t = x.new_full((len(x),), max(n ** 2, 1e-3))
+    x = x * math.hypot(1 - n ** 2, n)
+    return -ddm.project(x, *model(x, t), t)[0]
+
+
+@torch.no_grad()
+def by_diffusers(name, grid, script, model, x, steps):
+    """The image that a scheduler of diffusers makes of x in so many calls of our network."""
+    kind, options = SCHEDULERS[name]
+    scheduler = getattr(library(), kind)(prediction_type="sample", **options)
+    last = 1 if grid != "even angle" else 1 - 1 / steps
+    sigmas = [SIGMAS[grid](last * k / (steps - 1)) for k in range(steps)]
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas = torch.tensor([*sigmas, 0.0])
+    for sigma, i in zip(sigmas, scheduler.timesteps):
+        x0 = image_at(script, model, x, sigma)
+        x = scheduler.step(x0, i, x).prev_sample
+    return x
+
+
+def compare_solvers(directory, n, calls=(5, 10, 20), fine=200):
+    """Print FD of n samples, and how far the first 200 are from those of `fine` steps of ours.
+
+    That is the root mean square of the difference over that of the images. FD is against the last
+    10,000 training images.
+    """
+    scripts = {script.__name__: script for script in OURS}
+    script, run, (model,) = figures.trained(directory, [], scripts)
+    true = fd.features(fd.doubled(data.load(run)[-10_000:]))
+    mean = true.mean(0)
+    cov = true.T.cov()
+    size = run.checkpoint["network"]["size"]
+    x1 = data.randn(torch.empty(n, 3, size, size), figures.generators_of(run, n))
+    x1 = x1.contiguous(memory_format=torch.channels_last)
+    exact = script.sample(model, x1[:200], fine, OURS[script][0])
+
+    def cell(solve, steps):
+        images = torch.cat([solve(part, steps) for part in x1.split(250)])
+        found = fd.features(fd.doubled(data.to_uint8(images)))
+        off = images[:200] - exact
+        far = off.norm() / exact.norm()
+        return f"{fd.frechet(found, mean, cov):.2f} ({far:.0%})"
+
+    def say_row(name, grid, solve):
+        cells = [cell(solve, steps) for steps in calls]
+        data.say("| " + " | ".join([name, grid, *cells]) + " |")
+
+    data.say("| solver | grid | " + " | ".join(f"{steps} calls" for steps in calls) + " |")
+    for name in OURS[script]:
+        say_row(name, "default", functools.partial(script.sample, model, solver=name))
+    for name in SCHEDULERS:
+        for grid in SIGMAS:
+            solve = functools.partial(by_diffusers, name, grid, script, model)
+            say_row(name, grid, solve)
+
+
 @data.command
 def main(argv=None):
     """The command line."""
@@ -131,7 +217,11 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=data.number(int, 1), help="128 on a GPU, else 8")
     parser.add_argument("--compile", action="store_true", help="also by torch.compile")
     parser.add_argument("--diffusers", action="store_true", help="instead: against diffusers")
+    parser.add_argument("--solvers", metavar="RUN", help="instead: of a trained run")
+    parser.add_argument("--n", type=data.number(int, 300), default=1000, help="of its samples")
     args = parser.parse_args(argv)
+    if args.solvers:
+        return compare_solvers(args.solvers, args.n)
     device = data.choose_device(args.device)
     cuda = device.type == "cuda"
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -55,10 +55,14 @@ def load(path, which):
     if len(images) < 4 or kinds not in ({("uint8", 3, 32, 32)}, {("uint8", 3, 16, 16)}):
         raise data.Problem(f"{path} has {len(images)} images {sorted(kinds)}: FD needs four or "
                            f"more PNGs or JPEGs, all of 32x32 or all of 16x16")
-    images = np.stack(images)
+    return doubled(torch.from_numpy(np.stack(images)))
+
+
+def doubled(images):
+    """Images of 16x16 in 32x32."""
     if images.shape[-1] == 16:
-        images = images.repeat(2, axis=2).repeat(2, axis=3)
-    return torch.from_numpy(images)
+        return images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return images
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def walk(script, run, models, n):
     steps, options = run.args.steps, script.sampler(run)
     if script is blurring:
         steps, options = options
-    scale = ddm.scale(run.settings) if script is ddm else 1
+    scale = ddm.SCALE.get(run.settings.h, 1) if script is ddm else 1
     for t, x, x0 in script.walk(*models, x1, steps, generator=generators, **options):
         yield t, x / scale, x0 / scale
 
@@ -199,30 +199,42 @@ def schedules(argv):
 
 
 def errors(argv, *directories):
-    """Angular's Figure 4: errors of x̂₀ and ε̂ against t, of runs, on the same --n images."""
-    found = [trained(directory, argv, ["angular"]) for directory in directories]
-    if len({(run.settings.dataset, run.settings.image_size) for _, run, _ in found}) > 1:
-        raise data.Problem("errors compares runs that were trained on the same images", 2)
-    _, first, _ = found[0]
+    """Errors of x̂₀ and ε̂ of angular.py's runs against t (its Figure 4), or of ddm.py's runs against
+    flow time, on the same --n images.
+    """
+    found = [trained(directory, argv, ["angular", "ddm"]) for directory in directories]
+    script, first, _ = found[0]
+    if len({(each, run.settings.dataset, run.settings.image_size) for each, run, _ in found}) > 1:
+        raise data.Problem("errors compares runs of one script, trained on the same images", 2)
     x0, generators = training_images(first, first.args.n)
     eps = data.randn(x0, generators)
     ts = np.arange(0.02, 1, 0.04)
-    of_image = {"t = η / (π/2)": ts}
-    of_noise = {"t = η / (π/2)": ts}
+    axis = "t = η / (π/2)" if script is angular else "flow time of t"
+    of_image = {axis: ts}
+    of_noise = {axis: ts}
     for _, run, (model,) in found:
         name = f"{run.settings.predict} ({run.directory})"
-        for t in ts:
-            eta = x0.new_full((len(x0),), angular.HALF_PI * t)
-            x = angular.diffuse(x0, eps, eta)
-            pairs = {name: model(x, eta / angular.HALF_PI)}
-            if run.settings.predict == "both":
-                pairs[f"{name} projected"] = angular.project(x, *pairs[name], eta)
-            for label, (R, E) in pairs.items():
-                note(of_image, label, R - x0)
-                note(of_noise, label, E - eps)
+        for t in ts if script is angular else map(ddm.at_flow_time, ts):
+            for kind, (R, E) in estimates_at(script, run, model, x0, eps, t).items():
+                note(of_image, name + kind, R - x0)
+                note(of_noise, name + kind, E - eps)
     write_curves(
         (first.directory / "errors-x0", "squared error of x̂₀", of_image, "log"),
         (first.directory / "errors-eps", "squared error of ε̂", of_noise, "log"))
+
+
+def estimates_at(script, run, model, x0, eps, t):
+    """{"": (x̂₀, ε̂), " projected": the same made to agree} of images at a number t."""
+    t = x0.new_full((len(x0),), t)
+    x = noisy(script, run.settings, x0, eps, t)
+    first, E = model(x, t)
+    if script is ddm:
+        phi, projected = ddm.project(x, first, E, t)
+        return {"": (-first, E), " projected": (-phi, projected)}
+    pairs = {"": (first, E)}
+    if run.settings.predict == "both":
+        pairs[" projected"] = angular.project(x, first, E, angular.HALF_PI * t)
+    return pairs
 
 
 def note(curves, name, error):

@@ -223,7 +223,7 @@ def train(run):
     for step, g in run.steps(net, ema, optimizer):
         patches = task_data.batch(pairs, s.script, s.image_size, s.batch_size, g)
         x0, condition = example(s.script, *patches)
-        t = s.delta + (1 - s.delta) * torch.rand(len(x0), generator=g, device=g.device)
+        t = ddm.draw_times(len(x0), s.times, g, s.delta)                       # Alg. 1, line 3
         eps = torch.randn(x0.shape, generator=g, device=g.device)
         t = torch.ones_like(t) if s.regression else t         # the baseline: one guess, from x₁ = 0
         eps = eps * (not s.regression)
@@ -297,7 +297,8 @@ def walk(run, net, condition, generator):
 
 def sampler(run):
     """ddm.walk's steps and options. A regression has one step."""
-    return dict(steps=1 if run.settings.regression else run.args.steps) | ddm.sampler(run)
+    steps = 1 if run.settings.regression else run.args.steps
+    return dict(steps=steps, delta=run.settings.delta) | ddm.sampler(run)
 
 
 def answers(run, net, q):
@@ -473,6 +474,8 @@ def side_by_side(tiles):
 # ---------------------------------------------------------------------------------- 6 command line
 
 FLAGS = ddm.FLAGS | unet.FLAGS | dict(
+    times=("uniform", "training times: even t as in the paper, or t = u²", ("uniform", "square")),
+    delta=(1e-3, "the smallest time that the network sees", (1e-6, 0.1)),
     encoder=("compact", "of the condition: compact, or the papers' Swin-B", ("compact", "swin_b")),
     fuse=("concat", "how its features meet the decoders", ("concat", "attention")),
     pretrained=(True, "Swin-B begins with ImageNet's weights, which are downloaded", None),

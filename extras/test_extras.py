@@ -19,6 +19,7 @@ import ddm
 import pixel_aware
 import unet
 from extras import bench, fd, figures, neighbours, tasks
+from test_all import oracle
 
 torch.set_num_threads(1)
 TINY = "--train --width 8 --mult 1 1 --blocks 1 --attention --image-size 8 --batch-size 4"
@@ -259,6 +260,23 @@ def test_errors_compare_runs_on_the_same_images(cli):
     close(noise["x0 (x0)"], x0 / tangent ** 2, rtol=1e-2)
 
 
+def test_errors_of_ddm_are_against_flow_time(cli):
+    """A new preconditioned network answers with the best linear guess, (1-t) x_t/4V for data of
+    variance 1/4. Its error is known. Catches φ for x̂₀, and t for the flow time.
+    """
+    train(cli, ddm, "--lr 1e-9 --sigma-data 0.5 --run r")
+    cli(figures, "errors r --n 40", None)
+    image = table("r/errors-x0.csv")
+    tau = image["flow time of t"]
+    sigma = tau / (1 - tau)
+    n = (np.sqrt(1 + 4 * sigma ** 2) - 1) / (2 * sigma)       # n / (1 - n²) is noise over image
+    V = (1 - n ** 2) ** 2 / 4 + n ** 2
+    missed = n ** 2 / V                                       # the part of x₀ that is missing
+    power = image["both (r)"][-1] / missed[-1] ** 2           # the images' own mean square
+    expected = missed ** 2 * power + ((1 - n ** 2) * n / 4 / V) ** 2
+    close(image["both (r)"], expected, rtol=0.05)
+
+
 def test_estimates_start_from_one_noise(cli):
     """First x̂₀ are equal; last are the images, heun's too. Catches two noises, and x for x̂₀."""
     train(cli, angular)
@@ -328,6 +346,16 @@ def test_flops_count_attention():
     attention = unet.Attention(256, 64)
     work = bench.flops(lambda x, t: attention(x), torch.randn(1, 256, 16, 16), None)
     close(work, 2 * (4 + 2) * 256 ** 3)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 3, 80])
+def test_bench_asks_ddm_and_the_circle_for_one_image(sigma):
+    """What an image with noise σ tells of x₀ does not depend on the process that made it. Catches
+    a wrong t, and an x that is not scaled.
+    """
+    x = randn(5, 1, 2, 2)
+    images = [bench.image_at(script, oracle(script), x, sigma) for script in (ddm, angular)]
+    close(*images, 0, 1e-9)
 
 
 def test_bench_names_its_figures(cli, capsys, monkeypatch):
