@@ -199,7 +199,7 @@ def schedules(argv):
 
 
 def errors(argv, *directories):
-    """Errors of x̂₀ and ε̂ of angular.py's runs against t (its Figure 4), or of ddm.py's runs against
+    """Errors of x̂₀ and ε̂: of angular.py's runs against t (its Figure 4), or of ddm.py's against
     flow time, on the same --n images.
     """
     found = [trained(directory, argv, ["angular", "ddm"]) for directory in directories]
@@ -218,7 +218,11 @@ def errors(argv, *directories):
             for kind, (R, E) in estimates_at(script, run, model, x0, eps, t).items():
                 note(of_image, name + kind, R - x0)
                 note(of_noise, name + kind, E - eps)
+    names = [name for name in of_image if name != axis and not name.endswith(", std")]
+    share = {name: np.divide(of_image[name], of_image[names[0]]) for name in names}
     write_curves(
+        (first.directory / "errors-share", f"error of x̂₀ over that of {names[0]}",
+         {axis: ts} | share, "linear"),
         (first.directory / "errors-x0", "squared error of x̂₀", of_image, "log"),
         (first.directory / "errors-eps", "squared error of ε̂", of_noise, "log"))
 
