@@ -333,10 +333,12 @@ def test_ssim_is_wang_and_bovik():
 def test_figures_refuse_what_they_would_ignore(cli):
     """Solvers that a network lacks are left out. Catches a traceback, and an ignored flag."""
     train(cli, ddm, "--h linear --no-precondition")
+    train(cli, ddm, "--noise linear --run other")
     assert "rows: ode, ddm\n" in cli(figures, "solvers runs/ddm-shapes")
     for flags in ("", "nothing", "forward --n 3", "forward runs/ddm-shapes", "solvers",
                   "solvers runs/ddm-shapes --steps 3", "strips runs/ddm-shapes",
-                  "errors runs/ddm-shapes", "estimates runs/ddm-shapes rk5", "schedules --n 1"):
+                  "errors runs/ddm-shapes", "errors other",
+                  "estimates runs/ddm-shapes rk5", "schedules --n 1"):
         cli(figures, flags, status=2)
     cli(figures, "errors nowhere", status=1)
 
