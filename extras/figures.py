@@ -206,6 +206,10 @@ def errors(argv, *directories):
     script, first, _ = found[0]
     if len({(each, run.settings.dataset, run.settings.image_size) for each, run, _ in found}) > 1:
         raise data.Problem("errors compares runs of one script, trained on the same images", 2)
+    for _, run, _ in found:
+        s = run.settings
+        if script is ddm and (s.h, s.noise) != ("constant", "sqrt"):
+            raise data.Problem(f"{run.directory} has another process: errors is for the default", 2)
     x0, generators = training_images(first, first.args.n)
     eps = data.randn(x0, generators)
     ts = np.arange(0.02, 1, 0.04)
@@ -430,8 +434,10 @@ def main(argv=None):
     if name not in FIGURES:
         raise data.Problem(f"say which figure: {', '.join(FIGURES)}", 2)
     figure, runs, flags = FIGURES[name]
+    usage = f"figures {name} {'RUN ... [flags]' if runs else '[flags]'}"
     parser = argparse.ArgumentParser(
-        description=figure.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        usage=usage, description=figure.__doc__, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)
     parser.error = data.complain
     if runs:
         parser.add_argument("runs", nargs=runs, metavar="RUN")

@@ -121,7 +121,8 @@ def train(run):
 
 FLAGS = dict(
     levels=(200, "K, the levels of blur", (2, 5000)),
-    sigma_blur_max=(0.0, "blur of level K in pixels; 0: 3/4 of the image, 1/2 above 32", None),
+    sigma_blur_max=(
+        0.0, "blur of level K in pixels (3/4 of the image; above 32 pixels 1/2)", (0.51,)),
     head_dim=(64, "channels of an attention head", None))
 SAMPLING = dict(
     ihdm=dict(sampling_noise=(0.025, "δ, the noise of all steps but the last", (0,))),
@@ -134,10 +135,8 @@ PRESETS = {name: {key: preset[key] for key in preset.keys() - {"predict", "sigma
 
 
 def heat_of(s):
-    """The settings that `blur` takes. Raises ValueError."""
+    """The settings that `blur` takes. Level 1 blurs by half a pixel, and level K by more."""
     widest = s.sigma_blur_max or s.image_size * (0.75 if s.image_size <= 32 else 0.5)
-    if widest <= 0.5:
-        raise ValueError("level 1 blurs by half a pixel: --sigma-blur-max must be more")
     return dict(K=s.levels, widest=widest)
 
 

@@ -1,6 +1,7 @@
 """What docs/ says stays true: its maps of the papers, its links, and the commands in it."""
 
 import argparse
+import contextlib
 import importlib
 import pathlib
 import re
@@ -8,9 +9,21 @@ import sys
 
 import pytest
 
+import angular
+import blurring
+import data
+import ddm
+import pixel_aware
+import unet
+from extras import neighbours, tasks
+
 HOME = pathlib.Path(__file__).parents[1]
 PAGES = [HOME / "README.md", *sorted(HOME.glob("docs/*.md"))]
 TESTS = [HOME / "test_all.py", *HOME.glob("extras/test_*.py")]
+EVERYWHERE = data.ACTIONS | data.COMMON | data.MACHINE
+PROGRAMS = {script.__name__: (script.FLAGS | unet.FLAGS, script.SAMPLING)
+            for script in (ddm, blurring, angular, pixel_aware, tasks)}
+PROGRAMS["ihdm"] = neighbours.FLAGS, neighbours.SAMPLING["ihdm"]
 PAPERS = [("ddm", 28, 2), ("blurring", 30, 2), ("angular", 13, 0), ("pixel_aware", 26, 1)]
 
 
@@ -68,3 +81,31 @@ def test_links_and_commands_of_a_page_work(page, monkeypatch):
         monkeypatch.setattr(sys, "argv", [name, *flags.split()])
         with pytest.raises(StopIteration):
             importlib.import_module(f"extras.{name}").main()
+
+
+def understood(words, names):
+    """Whether one of these programs takes these flags and their values, or has this one flag."""
+    words = words.replace(" N ", " 1 ").replace("NAME", "sine").split()
+    flag, *values = words
+    for name in names:
+        flags, sampling = PROGRAMS[name]
+        rows = flags | sampling | EVERYWHERE
+        if not values and flag[2:].replace("-", "_") in rows:
+            return True
+        with contextlib.suppress(data.Problem):
+            data.parse(name, "", flags, sampling, ["--train", *words])
+            return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_flags_that_a_page_names_are_understood(page):
+    """Each `python SCRIPT.py ...` by its script, each `--flag value` by some program. Catches
+    flags that went, and values under another flag's name.
+    """
+    text = re.sub(r"\\?\n *", " ", page.read_text())
+    found = re.findall(r"python (\w+)\.py ([^`#;&|]*?)(?=[`#;&|]| python )", text)
+    assert all(understood(words, [name]) for name, words in found), found
+    named = re.findall(r"`(--[^`]+)`", text)
+    strange = [words for words in named if not understood(words, PROGRAMS)]
+    assert len(named) > 5 and not strange, strange

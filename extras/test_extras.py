@@ -1,4 +1,4 @@
-"""What neighbours, figures, bench and fd claim. (tasks has tests of its own.)"""
+"""What neighbours, figures, bench and fd claim. (tasks has tests of its own, but for one.)"""
 
 import csv
 import json
@@ -18,7 +18,7 @@ import data
 import ddm
 import pixel_aware
 import unet
-from extras import bench, fd, figures, neighbours
+from extras import bench, fd, figures, neighbours, tasks
 from test_all import oracle
 
 torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def cli(tmp_path, monkeypatch, capsys):
     """In an empty directory: call(module, flags) returns what its main prints."""
     draw = data.shapes
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "shapes", lambda n, size: draw(20, size))
+    monkeypatch.setattr(data, "shapes", lambda n, *more, **options: draw(20, *more, **options))
 
     def call(module, flags, status=0):
         got = 0
@@ -152,13 +152,46 @@ def test_neighbours_learn_every_level_and_start_from_blurred_images(process, cli
 def test_neighbours_refuse_what_cannot_be(cli):
     """Before anything is begun, in a sentence. Catches a traceback, and steps between levels."""
     for flags in ("", "blurring --train", "ihdm --train --steps 3", "cold --train --steps 3",
-                  "cold --train --sigma-blur-max 0.4", "ihdm --train --solver naive", "cold"):
+                  "cold --train --sigma-blur-max 0", "ihdm --train --solver naive", "cold"):
         cli(neighbours, flags, status=2)
     for mode in ("L", "RGB"):
         pathlib.Path(mode).mkdir()
         Image.new(mode, (8, 8)).save(f"{mode}/a.png")
     cli(neighbours, f"cold {TINY} --run r --iterations 1 --dataset folder --data-dir L")
     assert "channels" in cli(neighbours, "cold --sample --run r --data-dir RGB", status=1)
+
+
+@pytest.mark.parametrize("task", ["inpainting", "saliency"])
+def test_two_processes_share_what_one_draws(task, cli, monkeypatch):
+    """Pairs, holes and noise of a task's training. Catches a draw that depends on the process."""
+    networks = data.Run.networks
+    seen = []
+
+    def two(run, *arguments):
+        """As in this process of two, but without the other one."""
+        run.rank = rank
+        run.world = 2
+        return networks(run, *arguments)
+
+    def told(net, condition, run, real=tasks.told):
+        seen.append(condition)
+        return real(net, condition, run)
+
+    def loss(model, x0, phi, eps, t, *more, real=ddm.loss):
+        seen[-1] = torch.cat([seen[-1], x0, eps, t[:, None, None, None] + 0 * x0], 1)
+        return real(model, x0, phi, eps, t, *more)
+
+    monkeypatch.setattr(tasks, "told", told)
+    monkeypatch.setattr(ddm, "loss", loss)
+    cli(tasks, f"{task} {TINY} --iterations 2 --run whole")
+    monkeypatch.setattr(data.Run, "networks", two)
+    monkeypatch.setattr(data.Run, "barrier", lambda run: None)
+    monkeypatch.setattr(data.Run, "parallel", lambda run, net: net)
+    for rank in (0, 1):
+        cli(tasks, f"{task} {TINY} --iterations 2 --run part{rank}")
+    for whole, *parts in zip(seen[:2], seen[2:4], seen[4:]):
+        assert len(parts[0]) == 2
+        close(torch.cat(parts), whole)
 
 
 def test_forward_shows_one_image_and_its_signal_to_noise_ratio(cli):
@@ -300,10 +333,12 @@ def test_ssim_is_wang_and_bovik():
 def test_figures_refuse_what_they_would_ignore(cli):
     """Solvers that a network lacks are left out. Catches a traceback, and an ignored flag."""
     train(cli, ddm, "--h linear --no-precondition")
+    train(cli, ddm, "--noise linear --run other")
     assert "rows: ode, ddm\n" in cli(figures, "solvers runs/ddm-shapes")
     for flags in ("", "nothing", "forward --n 3", "forward runs/ddm-shapes", "solvers",
                   "solvers runs/ddm-shapes --steps 3", "strips runs/ddm-shapes",
-                  "errors runs/ddm-shapes", "estimates runs/ddm-shapes rk5", "schedules --n 1"):
+                  "errors runs/ddm-shapes", "errors other",
+                  "estimates runs/ddm-shapes rk5", "schedules --n 1"):
         cli(figures, flags, status=2)
     cli(figures, "errors nowhere", status=1)
 

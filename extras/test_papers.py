@@ -1,6 +1,7 @@
-"""Further claims of the papers and of docs: what exact networks draw, and what in print fails."""
+"""Further claims of papers and docs: what exact networks draw, what in print fails, and sizes."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import torch
 
 import angular
 import blurring
+import data
 import ddm
 import pixel_aware
+import unet
+from extras import bench
 from test_all import (
-    BLUR, EPS, HALF_PI, MIXTURE, NODES, NOISES, PIXEL, WEIGHTS, X0, Mixture,
+    BLUR, EPS, HALF_PI, MIXTURE, NODES, NOISES, PIXEL, SCRIPTS, WEIGHTS, X0, Mixture,
     close, ddpm, full, kept, knowing, like_image, oracle, rand, randn, seeded)
 
 # ----------------------------------------------------------------- ddm and blurring, further claims
@@ -338,6 +342,7 @@ def test_angular_euler_is_no_worse_than_ddim_on_gaussian_data():
         close(ends_at(1, N, "ddim"), math.cos(HALF_PI / N) ** N)
     assert worse(0.005, 5)
     assert worse(1e-5, 10)
+    close(ends_at(1e-9, 10), 0.0015, 0, 1e-4)                 # .15 % of the noise, in docs
 
 
 @pytest.mark.parametrize("N", (20, 40))
@@ -349,6 +354,11 @@ def test_angular_heun_and_rk4_leave_noise_and_midpoint_does_not(N):
         for last in ("euler", "midpoint"):
             close(ends_at(1e-9, N, solver, last=last), 0, 0.02 / N)
     close(ends_at(1e-9, N, "midpoint"), 0, 0.02 / N)
+    in_20_calls = [
+        ends_at(1e-9, 10, "heun"),
+        ends_at(1e-9, 5, "rk4"),
+        ends_at(1e-9, 10, "midpoint")]
+    close(in_20_calls, [0.078, 0.054, -0.001], 0, 5e-4)       # as in docs
 
 
 @pytest.mark.parametrize("t, velocity", ((1.0, -MIXTURE.mean), (0.0, 0.0)))
@@ -455,6 +465,29 @@ def test_pixel_aware_algorithm_1_diverges_as_its_formula(value, gamma, T):
         close(squares.mean(), variance / part, 0.1)
 
 
+@pytest.mark.parametrize("value", (0.05, 0.25, 1))
+def test_pixel_aware_own_noises_reconstruct_by_line_9_as_printed(value):
+    """√(1-α) belongs to the z_j of the steps themselves, without fresh noise. By E[ε̃_j | x_T, x₀]
+    a silent way ends at the image, and fresh noise ruins it. Catches docs that say more, or less.
+    """
+    x0 = torch.full((1, 1, 32, 32), value).double()
+    scale = kept(x0, 20)
+    alpha = kept(x0, 20, 1 / 200)
+    eps = pixel_aware.trajectory_noise(x0, 20, 200, seeded(1))
+    xT = pixel_aware.diffuse(x0, eps[:, -1], 200, 20, 200)
+    own = randn(1, 200, 1, 32, 32, seed=1)                    # of which these ε̃_j are made
+    x = xT
+    for j in range(199, -1, -1):
+        x = (x - (1 - alpha).sqrt() * own[:, j]) / alpha.sqrt()
+    close(x, x0, 0, 1e-9)
+    times = torch.arange(1, 201).double()
+    known = pixel_aware.expected_noise(eps[:, -1], 200, times, x0 / 10)
+    silent = pixel_aware.reverse(xT, 200, scale, known, 200, "literal", noise=False)
+    close(silent, x0, 0, 1e-9)
+    noisy = pixel_aware.reverse(xT, 200, scale, known, 200, "literal", seeded())
+    assert (noisy - x0).std() > 1
+
+
 @pytest.mark.parametrize("passes, share", ((1, 0.391), (2, 0.459), (10, 0.499)))
 def test_pixel_aware_exact_networks_draw_the_data_from_a_forwarded_start(passes, share):
     """Half of the pixels are dark. From N(0, I), as in the paper, they come too rarely: .391 is by
@@ -488,3 +521,97 @@ def test_pixel_aware_exact_networks_draw_the_data_from_a_forwarded_start(passes,
     x = torch.linspace(-6, 6, 20001).double()
     density = (-x ** 2 / 2).softmax(0)
     close(dark(x, 1) @ density, 0.391, 1e-3)
+
+
+# -------------------------------------------------------------------------------- sizes of networks
+#
+# The presets have the papers' networks, or those that docs names. The demos are short.
+
+
+def settings(script, dataset):
+    """A run's settings, by the defaults, or by --preset paper ("paper DATASET")."""
+    rows = data.COMMON | script.FLAGS | unet.FLAGS
+    values = {name: row[0] for name, row in rows.items()}
+    values |= data.SIZES[dataset.split()[-1]] | script.PRESETS[dataset]
+    return types.SimpleNamespace(**values)
+
+
+def built(script, s):
+    """The network of these settings, without memory for its weights."""
+    kind = pixel_aware.PixelAware if script is pixel_aware else unet.UNet
+    with torch.device("meta"):
+        return kind(**script.network(s, 3))
+
+
+def millions(net):
+    """Its weights."""
+    return sum(weight.numel() for weight in net.parameters()) / 1e6
+
+
+@pytest.mark.parametrize("dataset, size, by_hand", (
+    ("paper cifar10", 32, 35.7),
+    ("paper celeba", 64, 78.7),
+    ("paper lsun-church", 256, 113.7)))
+def test_angular_presets_are_ddims(dataset, size, by_hand):
+    """DDIM's published networks have one output. Catches another network in the paper's name."""
+    s = settings(angular, dataset)
+    s.predict = "eps"
+    assert s.image_size == size
+    close(millions(built(angular, s)), by_hand, 0.01)
+
+
+def test_blurring_presets_are_table_5():
+    """CIFAR-10: three levels of 256 channels, attention at 16 and 8 with one head, 2 M steps.
+    Churches: 64 to 512 channels from 128 to 8. Catches a head's size, and attention elsewhere.
+    """
+    s = settings(blurring, "paper cifar10")
+    net = built(blurring, s)
+    attend = [layer for layer in net.modules() if isinstance(layer, unet.Attention)]
+    assert len(attend) == 2 * 3 + 2 * 4 + 1                   # down, up, and the middle
+    for layer in attend:
+        assert layer.heads == 1
+        assert layer.qkv.in_channels == 256
+    assert (s.iterations, s.batch_size, s.predict) == (2_000_000, 128, "eps")
+    s = settings(blurring, "paper lsun-church")
+    widths = [level[-1].conv2.out_channels for level in built(blurring, s).encoder]
+    assert widths == [64, 128, 256, 384, 512] and s.image_size == 128
+
+
+@pytest.mark.parametrize("dataset, T, gamma, by_hand", (
+    ("paper cifar10", 200, 20, (14.3, 37.2)),
+    ("paper celeba", 500, 50, (21.9, 74.6))))
+def test_pixel_aware_presets_are_the_papers(dataset, T, gamma, by_hand):
+    """The scale, the noises, one encoder, all heads; and the sizes in docs. Catches our defaults in
+    the paper's name.
+    """
+    s = settings(pixel_aware, dataset)
+    net = built(pixel_aware, s)
+    assert (s.T, s.gamma, s.vae, s.scale, s.predict) == (T, gamma, "denoising", "delta", "eps")
+    assert s.heads_per_step >= T
+    close([millions(net.vae), millions(net.parallel)], by_hand, 0, 0.1)
+
+
+@pytest.mark.parametrize("dataset, by_hand", (("paper cifar10", 124.0), ("paper celebahq", 73.6)))
+def test_ddm_presets_have_the_size_that_docs_names(dataset, by_hand):
+    """It is not the paper's 90 M and 130 M. Catches docs that say so."""
+    close(millions(built(ddm, settings(ddm, dataset))), by_hand, 0, 0.1)
+
+
+@SCRIPTS
+def test_demo_fits_its_time_budget(script):
+    """Under 25 TFLOPs, which two cores at .1 TFLOP/s make in about four minutes. Catches defaults
+    that grow: counted, not timed, so that a busy machine does not decide it.
+    """
+    s = settings(script, "shapes")
+    net = built(script, s)
+    more = ()
+    with torch.device("meta"):
+        x = torch.rand(1, 3, s.image_size, s.image_size)
+        t = torch.rand(1)
+        if script is pixel_aware:
+            z = torch.rand(1, s.code)
+            heads = torch.arange(s.heads_per_step)
+            more = z, x, heads
+        call = bench.flops(lambda x, t: net(x, t, *more), x, t)
+    step = 3 * call * s.batch_size
+    assert step * s.iterations < 25e12
