@@ -1566,7 +1566,7 @@ def by_hand(script, net, s, x0, g):
     if script is blurring:
         model = blurring.predictor(net, sigma_blur_max=s.sigma_blur_max)
         return blurring.loss(model, x0, eps, u, sigma_blur_max=s.sigma_blur_max), u
-    t = 0.001 + 0.999 * u * u
+    t = 0.001 + 0.999 * u * u * u
     return ddm.loss(ddm.predictor(net, sigma_data=s.sigma_data), x0, -x0, eps, t), t
 
 
@@ -1638,7 +1638,7 @@ ROWS = [                        # flags of a paper's variant, and what is said o
     (ddm, "--predict eps --noise linear --weights inverse --clip", "clip True, h constant, noise"),
     (ddm, "--predict x0 --second decoder --solver ddm", "solver ddm, grid flow, heads raw"),
     (ddm, "--h sine --no-precondition --norm l1", "solver ode, grid flow, heads project"),
-    (ddm, "--h linear --no-precondition --times uniform --grid uniform", "grid uniform"),
+    (ddm, "--h linear --no-precondition --time-power 1 --grid uniform", "grid uniform"),
     (ddm, "--h quadratic --no-precondition --weights exponential", "h quadratic"),
     (ddm, "--h exponential --no-precondition --heads raw", "heads raw"),
     (blurring, "--sigma-blur-max 0 --blur-schedule sin --predict x0", "ddim2, grid dense, eta 0.0"),

@@ -223,7 +223,7 @@ def train(run):
     for step, g in run.steps(net, ema, optimizer):
         patches = task_data.batch(pairs, s.script, s.image_size, s.batch_size, g)
         x0, condition = example(s.script, *patches)
-        t = ddm.draw_times(len(x0), s.times, g, s.delta)                       # Alg. 1, line 3
+        t = ddm.draw_times(len(x0), s.time_power, g, s.delta)                  # Alg. 1, line 3
         eps = torch.randn(x0.shape, generator=g, device=g.device)
         t = torch.ones_like(t) if s.regression else t         # the baseline: one guess, from x₁ = 0
         eps = eps * (not s.regression)
@@ -474,7 +474,7 @@ def side_by_side(tiles):
 # ---------------------------------------------------------------------------------- 6 command line
 
 FLAGS = ddm.FLAGS | unet.FLAGS | dict(
-    times=("uniform", "training times: even t as in the paper, or t = u²", ("uniform", "square")),
+    time_power=(1.0, "training times are this power of even u", (1, 10)),
     delta=(1e-3, "the smallest time that the network sees", (1e-6, 0.1)),
     encoder=("compact", "of the condition: compact, or the papers' Swin-B", ("compact", "swin_b")),
     fuse=("concat", "how its features meet the decoders", ("concat", "attention")),
