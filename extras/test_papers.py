@@ -60,6 +60,22 @@ def test_ddm_third_order_is_nearer_to_the_mixture(noise, steps, gain):
     assert error("ode2") > gain * error("ode3")
 
 
+@NOISES
+@pytest.mark.parametrize("solver", ["ode2", "ode3"])
+def test_ddm_a_slope_in_flow_time_is_followed_to_the_image(solver, noise):
+    """If x̂₀ is linear in τ = n/(1 - t + n), the image is the line's end at 0, however rough the
+    steps. Catches a gain of y that is not scaled to x, and τ of another call.
+    """
+
+    def net(x, t):
+        n = like_image(t.sqrt() if noise == "sqrt" else t)
+        phi = -X0 - EPS * n / (1 - like_image(t) + n)
+        return phi, ddm.noise_of(x, phi, t, noise=noise)
+
+    for steps in (2, 3, 10):
+        close(ddm.sample(net, EPS, steps, solver, noise=noise), X0)
+
+
 @pytest.mark.parametrize("power, share, noisy", [(1, 0.125, 0.923), (3, 0.5, 0.575)])
 def test_ddm_training_times_are_of_their_law(power, share, noisy):
     """P(t < 1/8) is P(u < 1/2) for t = u³. `noisy` have a noise of more than .3 of the image, which
