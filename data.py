@@ -5,6 +5,7 @@ a function of (seed, k), and sampled image i of (seed, i), whatever the batch or
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -40,12 +41,15 @@ def command(main):
     """Decorator of a script's main(argv=None): what a user can cause is a sentence on stderr."""
     @functools.wraps(main)
     def wrapped(argv=None):
-        sys.stdout.reconfigure(errors="replace")              # some terminals cannot print x̂₀
+        with contextlib.suppress(AttributeError):             # of a closed one, or a notebook's
+            sys.stdout.reconfigure(errors="replace")          # some terminals cannot print x̂₀
         try:
             return main(argv)
         except Problem as problem:
             sentence, status = problem, problem.status
-        except (torch.OutOfMemoryError, MemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in repr(error).lower():
+                raise
             sentence, status = "out of memory: try a smaller --batch-size, --n or --width", 1
         except OSError as error:
             sentence, status = f"{error.filename or 'the system'}: {error.strerror or error}", 1
@@ -61,12 +65,12 @@ def command(main):
 
 
 @contextlib.contextmanager
-def refusals():
-    """Around a check of the settings: the errors of pure functions become a Problem of status 2."""
+def refusals(what="", status=2, kinds=(ValueError, TypeError, LookupError, ArithmeticError)):
+    """Errors inside become a Problem: as they are, those of pure functions about the settings."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-        raise Problem(str(error), 2) from error
+    except kinds as error:
+        raise Problem(f"{what} {error}", status) from error
 
 
 def say(text, pause=0):
@@ -117,42 +121,40 @@ def load(run):
     s, folder = run.settings, pathlib.Path(run.settings.data_dir)
     if s.dataset == "shapes":
         return torch.from_numpy(shapes(5000, s.image_size)).to(run.device)
-    path = folder / f"cifar10-train-{s.image_size}.npy"
+    files, path = [], folder / f"cifar10-train-{s.image_size}.npy"
     if s.dataset != "cifar10":
         files, key = image_files(folder if s.dataset == "folder" else folder / s.dataset)
         home = pathlib.Path("data") if s.dataset == "folder" else folder    # not the user's folder
         path = home / f"{s.dataset}-train-{s.image_size}-{key}.npy"
     if run.rank == 0 and not path.exists():
-        if s.dataset == "cifar10":
-            items, opened = cifar10(folder), Image.fromarray
-        else:
-            mode = "L" if all(map(is_grey, files)) else "RGB"
-            items, opened = files, functools.partial(open_image, mode=mode)
+        mode = "L" if all(map(is_grey, files)) else "RGB"
+        opened = functools.partial(open_image, mode=mode) if files else Image.fromarray
+        items = files or cifar10(folder)
         convert(path, items, lambda item: square(opened(item), s.image_size, CROPS.get(s.dataset)))
     run.barrier()
-    return mapped(path, run.device)
+    images = mapped(run, path)
+    if images.dtype != torch.uint8 or images.shape[2:] != (s.image_size, s.image_size):
+        raise Problem(f"{path} is not of uint8 [N, C, {s.image_size}, {s.image_size}]: remove it")
+    return images
 
 
 def cifar10(folder):
     """CIFAR-10's training images, uint8 [50000, 32, 32, 3]; downloaded where they are not there."""
     if (folder / "cifar10-train-32.npy").exists():
         return np.load(folder / "cifar10-train-32.npy", mmap_mode="r").transpose(0, 2, 3, 1)
-    try:
+    with refusals(f"CIFAR-10 is not in {folder} and cannot be downloaded:", 1, Exception):
         return torchvision.datasets.CIFAR10(folder, train=True, download=True).data
-    except Exception as error:                                # network, disk, checksum: many kinds
-        raise Problem(f"CIFAR-10 is not in {folder} and cannot be downloaded ({error})") from error
 
 
-def mapped(path, device):
-    """An .npy file of uint8 as a tensor: on a GPU, or read from the disk as it is needed."""
-    try:
+def mapped(run, path):
+    """A run's .npy file of uint8 as a tensor: on a GPU, or read from the disk as it is needed."""
+    with refusals(f"{path} is damaged: delete it, and it is made again.", 1, (Exception,)):
         images = torch.from_numpy(np.load(path, mmap_mode="c"))
-    except (ValueError, EOFError, TypeError) as error:
-        raise Problem(f"{path} is damaged ({error}): delete it, and it is made again") from error
-    if images.dtype != torch.uint8:
-        raise Problem(f"{path} holds {images.dtype}, and images are uint8: move it away")
-    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
-    return images.to(device if fits else "cpu")
+    if run.settings.images not in ("", path.name):            # it has a key of the folder's state
+        say(f"the images are no longer those of {run.settings.images}: the run goes on with these")
+    run.settings.images = path.name
+    fits = run.cuda and images.nbytes < torch.cuda.mem_get_info(run.device)[0] / 4
+    return images.to(run.device if fits else "cpu")
 
 
 def image_files(folder):
@@ -160,8 +162,8 @@ def image_files(folder):
     if not folder.is_dir():
         raise Problem(f"there is no folder {folder} to read images from: see --data-dir", 2)
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    files, seen, errors = [], set(), []
+    for place, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         new = os.path.realpath(place) not in seen             # a link may lead back
         seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if new and name[0] != "."]
@@ -169,8 +171,8 @@ def image_files(folder):
     found = sorted(file for file in files if file.suffix.lower() in kinds)
     if not found:
         raise Problem(f"{folder} has no images, nor have its subfolders", 2)
-    if others := sorted({*files} - {*found}):
-        say(f"{folder}: {len(others)} files are no images, such as {others[0]}: left out")
+    if others := [error.filename for error in errors] + sorted({*files} - {*found}):
+        say(f"{folder}: {len(others)} files are no images, or unreadable, as {others[0]}: left out")
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in found]
     return found, hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
@@ -184,20 +186,17 @@ def is_grey(file):
 
 def open_image(file, mode=None):
     """A Pillow image ("L" or "RGB") over white, turned as its camera says. Raises Problem."""
-    try:
-        with Image.open(file) as image:
-            mode = mode or ("L" if Image.getmodebase(image.mode) == "L" else "RGB")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.mode[0] in "IF":
-                raise ValueError(f"mode {image.mode} has no agreed range: save it with 8 bits")
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert(mode)
-    except Exception as error:                                # Pillow raises many kinds
-        raise Problem(f"{file} ({error})") from error
+    with refusals(str(file), 1, Exception), Image.open(file) as image:
+        mode = mode or ("L" if Image.getmodebase(image.mode) == "L" else "RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode[0] in "IF":
+            raise ValueError(f"mode {image.mode} has no agreed range: save it with 8 bits")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert(mode)
 
 
 def square(image, size, box=None):
@@ -212,7 +211,7 @@ def square(image, size, box=None):
 def convert(path, items, read, shape=None):
     """Write read(item) of all items, uint8 arrays, as one .npy file. The bad are one Problem."""
     low, high, bad = 255, 0, []
-    with replacing(path) as file:
+    with own(path.parent / ".lock"), replacing(path) as file:
         for k, item in enumerate(items):
             say(f"{path.name}: {k} of {len(items)} images", pause=10)
             try:
@@ -228,7 +227,8 @@ def convert(path, items, read, shape=None):
         if bad:
             raise Problem(f"{len(bad)} of {len(items)} images cannot be read, remove or mend them: "
                           f"{', '.join(bad[:10])}{' and others' if len(bad) > 10 else ''}")
-    say(f"{path}: {header['shape']}, from {low} (the darkest pixel) to {high} (the brightest)")
+    kind = "grey" if len(image) < 3 else "colour"             # a target may be one plane more
+    say(f"{path}: {len(items)} images, {kind}, from {low} (the darkest) to {high} (the brightest)")
 
 
 def shapes(n, size, seed=0, ground=(16, 20, 40), colours=COLOURS):
@@ -242,10 +242,8 @@ def shapes(n, size, seed=0, ground=(16, 20, 40), colours=COLOURS):
         shape = ("disk", "ring", "square", "triangle", "cross")[i % 5]
         image = Image.new("RGB", (big, big), ground)
         canvas = ImageDraw.Draw(image)
-        if shape == "disk":
-            canvas.ellipse([x - r, y - r, x + r, y + r], fill)
-        elif shape == "ring":
-            canvas.ellipse([x - r, y - r, x + r, y + r], outline=fill, width=round(0.4 * r))
+        if shape in ("disk", "ring"):
+            canvas.circle((x, y), r, fill if shape == "disk" else None, fill, round(0.4 * r))
         elif shape == "triangle":
             canvas.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
         for a, b in {"square": [(0.85, 0.85)], "cross": [(1, 0.33), (0.33, 1)]}.get(shape, ()):
@@ -288,14 +286,14 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))            # this process, of how many
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = choose_device(self.args.device)
-        cuda, size = self.device.type == "cuda", self.settings.batch_size
-        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.cuda, size = self.device.type == "cuda", self.settings.batch_size
+        native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = native if self.args.precision == "auto" else self.args.precision == "bf16"
         if size % self.world:
             raise Problem(f"--batch-size {size} can't be shared by {self.world} processes", 2)
         if self.world > 1:
-            patience = datetime.timedelta(hours=12)           # one process may convert a dataset
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+            with refusals():                                  # a day: one may convert a dataset
+                dist.init_process_group(("gloo", "nccl")[self.cuda], timeout=datetime.timedelta(1))
 
     def barrier(self):
         """Wait for the other processes, where there are any."""
@@ -309,15 +307,16 @@ class Run:
     def networks(self, build, arguments):
         """(the network build(**arguments), a second one for the average of its weights)."""
         self.network = arguments
+        if self.checkpoint and self.checkpoint["network"] != arguments:
+            raise Problem(f"{self.directory} had images of another number of channels, or code")
         torch.manual_seed(seed("weights", self.settings.seed))
         net, ema = build(**arguments), build(**arguments).eval().requires_grad_(False)
         ema.load_state_dict(net.state_dict())
         return [each.to(self.device, memory_format=torch.channels_last) for each in (net, ema)]
 
     def parallel(self, net):
-        """The network to call in training: compiled by flag; one gradient for all processes."""
-        if self.args.compile:
-            net = torch.compile(net)
+        """The network to call in training: on a GPU compiled; one gradient for all processes."""
+        net = self.compiled(net, self.cuda)
         if self.world > 1:
             net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
         return net
@@ -328,24 +327,33 @@ class Run:
         net = build(**self.checkpoint["network"])
         self.restore(ema=net)
         net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        return torch.compile(net) if self.args.compile else net
+        return self.compiled(net, self.cuda and self.args.n >= 2000, mode="reduce-overhead")
+
+    def compiled(self, net, by_default, **options):
+        """net by torch.compile, as --compile says, or by default; as it is without a compiler."""
+        if not (by_default if self.args.compile is None else self.args.compile):
+            return net
+        try:
+            torch.compile(torch.sin)(torch.ones(2, device=self.device))
+        except Exception as error:                            # there may be no Triton, gcc, headers
+            say(f"not compiled, and slower: {str(error)[:200]}".splitlines()[0])
+            return net
+        fast = torch.compile(net, **options)
+        if options:                                           # its next call overwrites its outputs
+            fast.register_forward_hook(lambda _, __, outputs: tuple(y.clone() for y in outputs))
+        return fast
 
     def restore(self, **parts):
         """Load the checkpoint's model, ema or optimizer into these objects, if it fits them."""
-        try:
+        with refusals("the checkpoint does not fit the network it names:", 1, Exception):
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint[name])
             for weight in parts["model"].parameters() if "optimizer" in parts else ():
-                for moments in ("exp_avg", "exp_avg_sq"):
-                    parts["optimizer"].state[weight][moments].view_as(weight)
-        except Exception as error:                            # torch raises many kinds
-            raise Problem(f"the checkpoint does not fit the network it names: {error}") from error
+                moments = parts["optimizer"].state[weight]
+                torch.stack([weight, moments["exp_avg"], moments["exp_avg_sq"]])      # of one shape
 
     def steps(self, net, ema, optimizer):
-        """The frame of a training loop: yields (step, generator), from where the run stopped.
-
-        Saves every minute, at the end, and before it exits by Ctrl-C (130), SIGTERM or SIGHUP.
-        """
+        """Yield (step, generator). Save each minute, at the end, and at Ctrl-C, SIGTERM, SIGHUP."""
         s, first = self.settings, self.checkpoint["step"] if self.checkpoint else 0
         parts = dict(model=net, ema=ema, optimizer=optimizer)
         if first >= s.iterations:
@@ -353,7 +361,7 @@ class Run:
             return
         if self.checkpoint:
             self.restore(**parts)
-        self.lock = own(self.directory) if self.rank == 0 else None
+        self.lock = own(self.directory / ".lock") if self.rank == 0 else None
         before = {number: signal.signal(number, self.caught) for number in STOPS}
         self.stop = 0                                         # or the signal that asks to
         self.sums = torch.zeros(2, 5, device=self.device)     # by fifths of t: losses, how many
@@ -388,8 +396,7 @@ class Run:
         """The signal that any process has had, so that all stop together; asked every 20 steps."""
         if self.world == 1 or step % 20 != 19:
             return self.stop if self.world == 1 else 0
-        stop = torch.tensor(self.stop, device=self.device)
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        dist.all_reduce(stop := torch.tensor(self.stop, device=self.device), dist.ReduceOp.MAX)
         return int(stop)
 
     def record(self, losses, t):
@@ -440,16 +447,13 @@ def average(ema, net, decay, step):
             mean.lerp_(weight, 1 - decay)
 
 
-def own(directory):
-    """Lock a run directory until this process ends. (Windows has no such lock: there, do not.)"""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / ".lock", "w")
-    with contextlib.suppress(ImportError):
+def own(file):
+    """Lock a file until it is closed, or this process ends. (Windows has no such lock: do not.)"""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(file, "a")
+    with contextlib.suppress(ImportError), refusals(f"another process has {file}:", 1, OSError):
         import fcntl
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Problem(f"another process trains in {directory}: see --run") from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return lock
 
 
@@ -469,8 +473,8 @@ def choose_device(name):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A new file for `path`, renamed when it is complete: a kill at any moment leaves the old."""
+def replacing(path, sync=True):
+    """A new file for `path`, renamed when complete: a kill, with sync a power cut, keep the old."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -478,7 +482,8 @@ def replacing(path):
         with open(partial, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -487,37 +492,33 @@ def replacing(path):
 def load_checkpoint(path):
     """A checkpoint: network, method, model, ema, optimizer, step. Nothing in it is executed."""
     keys = dict(network=dict, method=dict, model=dict, ema=dict, optimizer=dict, step=int)
-    try:
+    if not os.path.exists(path):
+        raise Problem(f"there is no checkpoint at {path}: train first, or see --run")
+    with refusals(f"{path} is not readable as a checkpoint:", 1, Exception):
         damaged = zipfile.ZipFile(path).testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
         if damaged or not all(isinstance(state[key], kind) for key, kind in keys.items()):
             raise ValueError("it is damaged, or is not of this project")
         return state
-    except FileNotFoundError:
-        raise Problem(f"there is no checkpoint at {path}: train first, or see --run") from None
-    except Exception as error:                                # torch raises many kinds
-        raise Problem(f"{path} is not readable as a checkpoint: {error}") from error
 
 
 # ------------------------------------------------------------------------------------- pictures out
 
 def draw(run, walk, calls, looks=None, **options):
-    """What --sample does: draw --n images by a sampler, and write two pictures or single PNGs.
+    """Draw --n images, and write two pictures or single PNGs, which are of these `options` alone.
 
-    walk(x1, generators) yields (t, x_t, x̂₀) `looks` or `calls` times, and then the image. options:
-    what else makes the images what they are.
+    walk(x1, generators) yields (t, x_t, x̂₀) `looks` or `calls` times, and then the image.
     """
     args, network = run.args, run.checkpoint["network"]
     base = run.checkpoint["method"]["seed"] if args.seed is None else args.seed
     weights = hashlib.sha256((run.directory / "checkpoint.pt").read_bytes()).hexdigest()[:16]
-    named = dict(checkpoint=weights, seed=base, calls=calls) | options
+    named = dict(checkpoint=weights, seed=base, bf16=run.bf16, calls=calls) | options
     text = ", ".join(f"{key} {value}" for key, value in named.items())
     numbers = missing(run, text) if args.out else [] if run.rank else range(args.n)
-    looks, images, frames, began = looks or calls, [], [], time.monotonic()
+    looks, images, frames = looks or calls, {}, []
     shown, size = {round(k * looks / 10) for k in range(11)}, network["size"]
-    at_once = max(1, (512 if run.device.type == "cuda" else 64) * 32 ** 2 // size ** 2)
-    for first in range(0, len(numbers), at_once):
-        now = numbers[first:first + at_once]
+    at_once = max(1, min(len(numbers), (512 if run.cuda else 64) * 32 ** 2 // size ** 2))
+    for now in np.resize(numbers, (-(-len(numbers) // at_once), at_once)).tolist():   # fills it up
         generators = image_generators(base, now)              # image i is a function of (seed, i)
         x1 = torch.empty(len(now), network["channels"], size, size, device=run.device)
         x1 = randn(x1, generators).contiguous(memory_format=torch.channels_last)
@@ -525,28 +526,28 @@ def draw(run, walk, calls, looks=None, **options):
             say(f"images {now[0]} to {now[-1]}: {k} of {looks}", pause=10)
             if now[0] == 0 and k in shown:
                 frames.append((t, x[:4].cpu(), x0[:4].cpu()))
-        images = [*images, *to_uint8(x).cpu()]
-        while args.out and images:
-            save_png(images.pop(), f"{args.out}/{now[len(images)]:06}.png")
+        images |= zip(now, to_uint8(x).cpu())
+        if args.out:
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                [*pool.map(save_png, images.values(), [f"{args.out}/{i:06}.png" for i in images])]
+            images = {}
     if images:
-        save_png(grid(torch.stack(images)), run.directory / "samples.png")
+        save_png(grid(torch.stack([*images.values()])), run.directory / "samples.png")
         save_png(trajectory(frames), run.directory / "trajectory.png")
     if run.rank == 0:
-        rate = len(numbers) / (time.monotonic() - began)
         times = ", ".join(f"{t:.3g}" for t, _, _ in frames)
         wrote = args.out or f"{run.directory}/samples.png, and trajectory.png at t = {times}"
-        say(f"sampled: {text}; {rate:,.1f} images/s\nwrote {wrote}")
+        say(f"sampled: {text}\nwrote {wrote}")
     run.barrier()
 
 
 def missing(run, text):
     """The numbers of the PNGs that --out lacks, of this process. A Problem if they are others."""
-    folder = pathlib.Path(run.args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    note = folder / ".sampling"                               # says what its PNGs are
-    there = {file.name for file in folder.glob("*.png")}
+    note = pathlib.Path(run.args.out, ".sampling")            # says what its PNGs are
+    there = {file.name for file in note.parent.glob("*.png") if file.stat().st_size}
     if there and not (note.exists() and note.read_text() == text):
-        raise Problem(f"{folder} has PNGs of another sampling: choose another --out")
+        raise Problem(f"{note.parent} has PNGs of another sampling: choose another --out")
+    run.lock = own(note) if run.rank == 0 else None
     run.barrier()
     note.write_text(text)
     return [i for i in range(run.args.n) if f"{i:06}.png" not in there][run.rank::run.world]
@@ -567,7 +568,7 @@ def trajectory(frames):
 
 def save_png(image, path):
     """Write uint8 [C, H, W] as a PNG."""
-    with replacing(path) as file:
+    with replacing(path, sync=False) as file:
         Image.fromarray(image.permute(1, 2, 0).squeeze(-1).contiguous().numpy()).save(file, "PNG")
 
 
@@ -600,7 +601,7 @@ MACHINE = dict(
     out=("", "a folder for single PNGs, in place of two pictures", None),
     device=("auto", "auto: a GPU, if there is one", ("auto", "cpu", "cuda", "mps")),
     precision=("auto", "of the layers; auto: bf16 on a GPU that has it", ("auto", "fp32", "bf16")),
-    compile=(False, "torch.compile the network: slow to start, then faster", None))
+    compile=(None, "torch.compile the network (on a GPU, but not for few samples)", None))
 CHANGEABLE = ("iterations", "data_dir")          # of a run's settings; the others stay as they are
 
 
@@ -610,10 +611,8 @@ def add_rows(parser, title, rows):
     for name, (default, text, choices) in rows.items():
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         how = dict(help=f"{text} ({shown})" if shown not in ("", False, None) else text)
-        if default is False:
-            how["action"] = "store_true"
-        elif default is True or default is None:
-            how["action"] = argparse.BooleanOptionalAction
+        if default is None or isinstance(default, bool):
+            how["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
         elif isinstance(default, str):
             how |= dict(choices=choices, metavar=None if choices else name.upper())
         elif isinstance(default, tuple):
@@ -652,27 +651,23 @@ def parse(script, doc, flags, sampling, argv):
     given = vars(parser.parse_args(argv))
     rest = {name: row[0] for name, row in (ACTIONS | sampling | MACHINE).items()} | dict(seed=None)
     args = argparse.Namespace(**rest | given)
-    if not (args.train or args.sample or getattr(args, "evaluate", False)):
-        raise Problem("say --train, --sample, or both (--help lists the flags)", 2)
+    if "" in given.values() or not (args.train or args.sample or getattr(args, "evaluate", False)):
+        complain("say --train, --sample, or both, and leave no flag empty")
     if args.sample and args.n > 1024 and not args.out:
         raise Problem("one picture holds at most 1,024 images: add --out FOLDER", 2)
     return given, args
 
 
 def open_run(script, doc, flags, sampling, presets, argv=None):
-    """The run that a command line means -> Run. Raises Problem.
-
-    Its settings are its checkpoint's; or the flags' defaults, SIZES[dataset], presets[dataset],
-    with --preset paper presets["paper DATASET"], and what the command line gives.
-    """
+    """The Run of a command line: its checkpoint's settings, or defaults, SIZES, presets, flags."""
     given, args = parse(script, doc, flags, sampling, argv)
     directory = run_directory(script, args, given.get("dataset"))
-    new = args.train and not (directory / "checkpoint.pt").exists()
+    new = args.train and not os.path.lexists(directory / "checkpoint.pt")
     checkpoint = None if new else load_checkpoint(directory / "checkpoint.pt")
-    saved = checkpoint["method"] if checkpoint else {}
+    saved = dict(images="") | checkpoint["method"] if checkpoint else {}
     dataset = given.get("dataset") or saved.get("dataset", "shapes")
     settings = {name: row[0] for name, row in (COMMON | flags).items()}
-    settings |= SIZES[dataset] | presets.get(dataset, {}) | dict(script=script)
+    settings |= SIZES[dataset] | presets.get(dataset, {}) | dict(script=script, images="")
     chosen = {name: tuple(value) if isinstance(value, list) else value
               for name, value in given.items() if name in settings}
     if args.preset:
@@ -687,7 +682,12 @@ def open_run(script, doc, flags, sampling, presets, argv=None):
               in chosen.items() if saved and saved[name] != value and name not in CHANGEABLE]
     if differ:
         raise Problem(f"{directory} was trained with {'; '.join(differ)}: choose another --run", 2)
-    return Run(directory, argparse.Namespace(**settings | saved | chosen), args, checkpoint)
+    settings = argparse.Namespace(**settings | saved | chosen)
+    source = pathlib.Path(settings.data_dir, "" if dataset == "folder" else dataset).resolve()
+    for place in (directory, args.out or directory):
+        if pathlib.Path(place).resolve().is_relative_to(source):
+            raise Problem(f"{place} lies inside the images' folder {source}: choose another", 2)
+    return Run(directory, settings, args, checkpoint)
 
 
 def run_directory(script, args, dataset):

@@ -1610,9 +1610,42 @@ def test_networks_predictors_and_losses_have_no_graph_break(script, cli, monkeyp
     torch._dynamo.reset()
     whole = torch.compile(script.loss, fullgraph=True, backend="eager")
     monkeypatch.setattr(script, "loss", whole)
-    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    monkeypatch.setattr(torch, "compile", lambda net, **_: compiled.append(net) or net)
     cli(script, tiny(script, 1, "--train --sample --compile --n 1 --steps 1"))
-    assert len(compiled) == 2
+    assert sum(isinstance(net, nn.Module) for net in compiled) == 2
+
+
+def test_a_machine_without_compiler_or_memory_is_told_so(cli, monkeypatch):
+    """Eager training and sampling, or a sentence. Catches a traceback of either."""
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no g++\n(a hint)")))
+    said = cli(ddm, tiny(ddm, 1, "--train --sample --compile --n 1 --steps 1 --run r"))
+    assert said.count("not compiled, and slower: no g++\n") == 2
+    monkeypatch.setattr(data, "load", mock.Mock(side_effect=RuntimeError("can't allocate memory")))
+    assert "--batch-size" in cli(ddm, "--train --run r --iterations 2", 1)
+
+
+def test_places_and_images_of_a_run_are_its_own(cli, monkeypatch):
+    """Catches a run inside its images, others' images in silence, conv2d's error, a lost link."""
+    png(pathlib.Path("mine/a.png"), np.zeros((8, 8, 3)))
+    train = tiny(ddm, 1, "--train --dataset folder --data-dir mine --run")
+    for place in ("mine/r", "r --out mine/o"):
+        assert "inside the images" in cli(ddm, f"{train} {place}", 2)
+    assert "1 images, colour, from 0 (the darkest) to 0" in cli(ddm, f"{train} r")
+    assert "no longer" not in cli(ddm, "--train --run r --iterations 2")
+    png(pathlib.Path("mine/b.png"), np.zeros((8, 8, 3)))
+    assert "no longer" in cli(ddm, "--train --run r --iterations 3")
+    shutil.rmtree("mine")
+    png(pathlib.Path("mine/a.png"), np.zeros((8, 8)))
+    assert "channels" in cli(ddm, "--train --run r --iterations 4", 1)
+    with pytest.raises(data.Problem, match="no flag empty"):
+        data.open_run("ddm", "", ddm.FLAGS | unet.FLAGS, {}, {}, ["--train", "--run", ""])
+    os.mkdir("linked")
+    os.symlink("gone", "linked/checkpoint.pt")
+    assert "no checkpoint" in cli(ddm, tiny(ddm, 1, "--train --run linked"), 1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "MASTER_ADDR" in cli(ddm, tiny(ddm, 1, "--train --run two"), 2)
 
 
 def test_run_goes_on_with_its_own_settings_alone(cli):
@@ -1793,7 +1826,7 @@ def test_newest_run_is_sampled_and_one_run_has_one_owner(cli):
     assert "runs/ddm-other" in cli(ddm, "--sample --n 1 --steps 1")
     os.utime("runs/ddm-shapes/checkpoint.pt")
     assert "runs/ddm-shapes" in cli(ddm, "--sample --n 1 --steps 1")
-    with data.own(pathlib.Path("runs/ddm-shapes")):
+    with data.own(pathlib.Path("runs/ddm-shapes/.lock")):
         assert "another process" in cli(ddm, "--train --iterations 2", 1)
         cli(ddm, "--sample --n 1 --steps 1")
     cli(ddm, "--train --iterations 2")

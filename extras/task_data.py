@@ -1,5 +1,6 @@
 """What `extras.tasks` reads and measures: images with their targets, test images, metrics."""
 
+import contextlib
 import hashlib
 import math
 import pathlib
@@ -106,7 +107,7 @@ def load_pairs(run):
         with data.replacing(run.directory / f"trained-on-{key}.txt") as file:
             file.write("\n".join(map(digest, images)).encode())
     run.barrier()
-    flat = data.mapped(path, run.device).split(lengths)
+    flat = data.mapped(run, path).split(lengths)
     return [pixels.view(planes, *size) for pixels, size in zip(flat, sizes)]
 
 
@@ -145,9 +146,11 @@ def partners(folder, task, test=False):
 
 def fitted(file, s):
     """(h, w) to train an image file at: its own, or more for a patch; for saliency a square."""
-    with Image.open(file) as image:
+    w = h = s.image_size
+    with contextlib.suppress(Exception), Image.open(file) as image:  # `open_pair` says what is bad
         w, h = image.size
-        if image.getexif().get(0x0112, 1) >= 5:                      # a camera turned by a quarter
+        turned = image.getexif().get(0x0112, 1) >= 5                 # a camera, by a quarter
+        if turned and image.format != "TIFF":                        # Pillow turns TIFF itself
             w, h = h, w
     if s.script == "saliency":
         return s.image_size, s.image_size

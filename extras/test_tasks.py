@@ -61,9 +61,11 @@ def fake_run(task, folder=".", size=16, **more):
     """What pairs, test files and walks need of a run."""
     flags = tasks.FLAGS | tasks.SAMPLING
     s = {name: row[0] for name, row in flags.items()}
-    s |= dict(script=task, dataset="folder", data_dir=str(folder), image_size=size, train=False)
+    s |= dict(script=task, dataset="folder", data_dir=str(folder), image_size=size, train=False,
+              images="")
     s = types.SimpleNamespace(**s)
     return types.SimpleNamespace(settings=s, args=s, rank=0, device=torch.device("cpu"), bf16=False,
+                                 cuda=False,
                                  directory=pathlib.Path("run"), barrier=lambda: None, **more)
 
 
