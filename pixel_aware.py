@@ -85,17 +85,18 @@ def alpha_bar(x_delta, i, T):
 
 def kept(rate, i):
     """ᾱ_i, the share of its power that a pixel keeps in i steps."""
-    return torch.exp(-rate * like_image(i))
+    return torch.exp(rate * like_image(-i))                   # one kernel fewer than -rate * i
 
 
 def added(rate, i):
     """1 - ᾱ_i, the variance of the noise. By expm1, because it may be as small as 4e-4."""
-    return -torch.expm1(-rate * like_image(i))
+    return -torch.expm1(rate * like_image(-i))
 
 
 def place(j, T, grid="uniform"):
     """Where step j lies: i = j (the paper), whose first step buries detail, or i = j²/T."""
-    return j ** GRIDS[grid] / T ** (GRIDS[grid] - 1)
+    power = GRIDS[grid]
+    return j ** power / T ** (power - 1)
 
 
 def snr(x0, t, gamma):
@@ -114,9 +115,8 @@ def diffuse(x0, eps, i, gamma, T):
 def trajectory_noise(x0, gamma, T, generator=None, times=None):
     """ε̃_1 ... ε̃_T of one trajectory: what all the heads learn. -> [B, T, C, H, W]
 
-    They are no independent draws: the noise of x_i is also in x_j for j > i. √u_j ε̃_j is a Wiener
-    process at the time u_j = (1 - ᾱ_j)/ᾱ_j, so it is the sum of its increments, and ε̃_i and ε̃_j
-    correlate by √(u_i/u_j). times: only these, [m] or [B, m], rising.
+    The noise of x_i is also in x_j for j > i: √u_j ε̃_j is a Wiener process at u_j = (1 - ᾱ_j)/ᾱ_j.
+    So ε̃_i and ε̃_j correlate by √(u_i/u_j). times: only these, [m] or [B, m], rising.
     """
     if times is None:
         times = torch.arange(1, T + 1, device=x0.device)
@@ -142,8 +142,7 @@ def draw_trajectory(x0, i, times, gamma, T, generator=None):
 def expected_noise(eps, i, times, rate):
     """E[ε̃_j | x_i, x₀] = √(u_j/u_i) ε̃_i for the j <= i of times [m]. -> [B, m, C, H, W]
 
-    This is all that x_i tells of ε̃_j: one guess of x₀ fixes all T noises. eps: ε̃_i [B, C, H, W],
-    or [B, m, C, H, W], one for each head.
+    So one guess of x₀ fixes all T noises. eps: ε̃_i [B, C, H, W]; or, of each head, [B, m, ...].
     """
     eps = eps if eps.dim() == 5 else eps[:, None]
     i = torch.as_tensor(i, dtype=eps.dtype, device=eps.device)
@@ -594,7 +593,8 @@ def wide(x):
 
 def write_samples(run):
     """Pictures or single PNGs, drawn with the averaged weights."""
-    passes, options = run.args.steps, sampler(run)
+    passes = run.args.steps
+    options = sampler(run)
     G, R = trained(run)
 
     def walked(x1, generators):

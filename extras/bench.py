@@ -3,25 +3,33 @@
     python -m extras.bench                  the demo's network, and three of CIFAR-10's size
     python -m extras.bench --diffusers      against diffusers' U-Net of the same size
     python -m extras.bench --solvers RUN    our solvers and diffusers', on one trained network
+    python -m extras.bench --memory         what the papers' sizes need of a GPU: it needs none
 
 FLOPs count a multiply-add as two, and a training step as three calls. Times are taken by turns.
 """
 
 import argparse
+import contextlib
 import functools
 import math
+import os
 from statistics import median
+from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import angular
+import blurring
 import data
 import ddm
+import pixel_aware
 import unet
-from extras import fd, figures
+from extras import fd, figures, task_data, tasks
 
 SMALL = dict(width=32, mult=(1, 2, 2), blocks=1, attention=(8,), size=16, dropout=0.0)
 NETWORKS = {
@@ -208,6 +216,109 @@ def compare_solvers(directory, n, calls=(5, 10, 20), fine=200):
             say_row(name, grid, solve)
 
 
+# ---------------------------------------------------------------------------- memory, without a GPU
+
+ROOM = 72e9                      # bytes of a GPU of 80 GB that are free for what is counted here
+
+
+def flash(q, k, v):
+    """Attention as on a GPU: it keeps q, k, v, its result and a number a row, but no matrix."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+@contextlib.contextmanager
+def fake_gpu(run):
+    """A run on a GPU that computes nothing, with one training step. Yields the run's networks.
+
+    Tensors have sizes and no values: to ask for one raises, and so does to mix devices.
+    """
+    gpu = torch.device("cuda:0")
+    generator = type("Generator", (torch.Generator,), dict(device=gpu))()
+    nets = []
+
+    def networks(build, arguments):
+        with gpu:
+            nets.extend(build(**arguments) for _ in range(2))
+        return nets
+
+    def backward(loss):
+        for weight in nets[0].parameters():
+            weight.grad = torch.zeros_like(weight)
+
+    run.networks = networks
+    run.averaged = lambda build: nets[1]
+    run.steps = lambda *_: [(0, generator)]
+    with contextlib.ExitStack() as stack:
+        for place, name, value in (
+                (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+                (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+                (torch.nn.functional, "scaled_dot_product_attention", flash),
+                (torch.nn.init, "trunc_normal_", lambda weight, **_: weight),   # Swin's, by values
+                (torch.Tensor, "backward", backward)):
+            stack.enter_context(mock.patch.object(place, name, value))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        run.device = gpu
+        run.bf16 = True
+        run.sums = torch.zeros(2, 5, device=gpu)
+        yield nets
+
+
+def training_memory(train, run):
+    """What train(run) needs at the end of a step's way forth, in bytes, in bf16 and not compiled.
+
+    (weights, their average, their gradients and Adam's two moments; what autograd keeps besides.)
+    """
+    kept = set()
+
+    def keep(x):
+        kept.add(x.untyped_storage())
+        return x
+
+    with fake_gpu(run) as nets, saved_tensors_hooks(keep, lambda x: x):
+        train(run)
+        weights = {weight.untyped_storage() for weight in nets[0].parameters()}
+        size = sum(storage.nbytes() for storage in weights)
+        return 5 * size, sum(storage.nbytes() for storage in kept - weights)
+
+
+def paper_runs():
+    """(name, train, run) of each --preset paper of the scripts and of the tasks."""
+    scripts = [(script.__name__, script, script.PRESETS)
+               for script in (ddm, blurring, angular, pixel_aware)]
+    of_tasks = [(task, tasks, tasks.presets(task)) for task in task_data.TARGETS]
+    for name, module, presets in scripts + of_tasks:
+        rows = module.FLAGS | unet.FLAGS
+        for preset in presets:
+            paper, _, dataset = preset.partition(" ")
+            if dataset:
+                flags = f"--train --preset {paper} --dataset {dataset} --device cpu --run"
+                argv = [*flags.split(), os.devnull]           # a run that is not there
+                run = data.open_run(name, "", rows, module.SAMPLING, presets, argv)
+                run.settings.pretrained = False
+                yield f"{name} {dataset}", module.train, run
+
+
+def memory():
+    """Print what each --preset paper needs, and how many GPUs of 80 GB can share its batch."""
+    def images(run, n=2, planes=3):
+        size = run.settings.image_size
+        return torch.zeros(n, planes, size, size, dtype=torch.uint8, device=run.device)
+
+    def pairs(run):
+        target = task_data.TARGETS[run.settings.script]
+        return list(images(run, planes=4 if target else 3))
+
+    data.say("| preset | batch | weights and Adam, GB | kept for the way back, GB | GPUs |")
+    for name, train, run in paper_runs():
+        batch = run.settings.batch_size
+        with (mock.patch.object(data, "load", images),
+              mock.patch.object(task_data, "load_pairs", pairs)):
+            own, kept = training_memory(train, run)
+        shares = [n for n in range(1, batch + 1) if batch % n == 0]
+        fits = [n for n in shares if own + kept / n <= ROOM]
+        data.say(f"| {name} | {batch} | {own / 1e9:.1f} | {kept / 1e9:.1f} | {fits[0]} |")
+
+
 @data.command
 def main(argv=None):
     """The command line."""
@@ -216,15 +327,20 @@ def main(argv=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--batch-size", type=data.number(int, 1), help="128 on a GPU, else 8")
     parser.add_argument("--compile", action="store_true", help="also by torch.compile")
+    parser.add_argument("--bf16", action="store_true", help="also on a CPU")
     parser.add_argument("--diffusers", action="store_true", help="instead: against diffusers")
     parser.add_argument("--solvers", metavar="RUN", help="instead: of a trained run")
     parser.add_argument("--n", type=data.number(int, 300), default=1000, help="of its samples")
+    parser.add_argument("--memory", action="store_true", help="instead: of the papers' sizes")
     args = parser.parse_args(argv)
+    if args.memory:
+        return memory()
     if args.solvers:
         return compare_solvers(args.solvers, args.n)
     device = data.choose_device(args.device)
     cuda = device.type == "cuda"
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = args.bf16 or native
     batch = args.batch_size or (128 if cuda else 8)
     where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     data.say(f"PyTorch {torch.__version__}, {where}, {'bf16' if bf16 else 'fp32'}, "

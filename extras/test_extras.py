@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import sys
+import types
 from unittest import mock
 
 import numpy as np
@@ -371,6 +372,38 @@ def test_bench_names_its_figures(cli, capsys, monkeypatch):
     assert re.findall(r"(\w+) +8.0 images/s", said) == ["training", "sampling"]
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "pip install diffusers" in cli(bench, "--diffusers --device cpu", status=1)
+
+
+def test_memory_is_what_a_hand_counts(cli, monkeypatch):
+    """Of attention over 5 images of 64 channels, 8x8. Catches what is kept twice, or not at all, an
+    attention matrix, weights in fp32 among what is kept, and GPUs that cannot hold their share.
+    """
+    def train(run):
+        sizes = dict(channels=64, head_dim=32)
+        net, _ = run.networks(unet.Attention, sizes)
+        for _, g in run.steps():
+            x = torch.zeros(5, 64, 8, 8, device=g.device)
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                y = net(x)
+            y.square().mean().backward()
+
+    settings = types.SimpleNamespace(batch_size=4)
+    run = types.SimpleNamespace(settings=settings)
+    own, kept = bench.training_memory(train, run)
+    n = 5 * 64 * 64
+    weights = 4 * 64 * 64 + 4 * 64 + 2 * 64                   # convolutions, biases, norm
+    bf16 = n                                                  # what makes q, k, v
+    bf16 += 4 * n                                             # they, and their result
+    bf16 += 4 * 64 * 64                                       # the convolutions' weights
+    fp32 = n + 2 * 5 * 16                                     # into the norm; mean, deviation
+    fp32 += 5 * 2 * 64                                        # a row's sum of exponentials
+    fp32 += n                                                 # what is squared
+    close(own, 5 * 4 * weights)
+    close(kept, 2 * bf16 + 4 * fp32, atol=24)                 # and the dropout's seed
+    monkeypatch.setattr(bench, "paper_runs", lambda: [("a", train, run)])
+    for gpus, room in {1: own + kept, 2: own + kept - 1, 4: own + kept / 3}.items():
+        monkeypatch.setattr(bench, "ROOM", room)
+        assert f"| a | 4 | 0.0 | 0.0 | {gpus} |" in cli(bench, "--memory")
 
 
 def test_fd_is_a_distance_of_folders(cli):
