@@ -153,7 +153,8 @@ class FirstStage:
         self.net = self.net.to(device).eval().requires_grad_(False)
         weights = [weight.cpu().numpy().tobytes() for weight in self.net.state_dict().values()]
         digest = hashlib.sha256(b"".join(weights)).hexdigest()[:16]
-        self.facts = facts or dict(digest=digest, mean=[0.0] * self.latent, std=[1.0] * self.latent)
+        self.facts = facts or dict(digest=digest, factor=self.factor,
+                                   mean=[0.0] * self.latent, std=[1.0] * self.latent)
         if self.facts["digest"] != digest:
             raise data.Problem(f"{name} is not the autoencoder that this run was trained with")
 

@@ -61,13 +61,12 @@ def train(run, stage):
     for step, g in run.steps(net, ema, optimizer):
         index = torch.randint(len(latents), (s.batch_size,), generator=g, device=g.device)
         x0 = latents[index].float()
-        t = s.delta + (1 - s.delta) * torch.rand(len(x0), generator=g, device=g.device)
+        t = ddm.draw_times(len(x0), s.time_power, g)                           # Alg. 1, line 3
         eps = torch.randn(x0.shape, generator=g, device=g.device)
         phi = ddm.draw_phi(x0, s.h, g)                                         # Alg. 1, line 3
         x0, phi, eps, t = run.share(x0, phi, eps, t)          # this process's part of the batch
 
-        losses = ddm.loss(
-            model, x0, phi, eps, t, s.h, s.noise, s.predict, s.weights, s.norm, s.delta)
+        losses = ddm.loss(model, x0, phi, eps, t, s.h, s.noise, s.predict, s.weights, s.norm)
         end_step(run, net, ema, optimizer, losses, step)
         run.record(losses, t)
 
