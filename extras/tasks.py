@@ -519,13 +519,14 @@ DEMO = dict(image_size=32, width=24, iterations=700, batch_size=16, second="conv
 PATCHES = dict(image_size=128, width=64, mult=(1, 2, 4, 4), dropout=0.0, batch_size=32,
                iterations=100_000, lr=1e-4)
 TABLE_I = ddm.PAPER | dict(encoder="swin_b", width=128, mult=(1, 2, 4, 4), blocks=2, batch_size=16,
-                           lr=5e-5, iterations=200_000, delta=1e-4)
+                           lr=5e-5, iterations=200_000, delta=1e-4,
+                           autoencoder="runs/autoencoder-folder")
 PAPER = dict(                                                 # the columns of ADM's Table I
-    super_resolution=TABLE_I | dict(image_size=512, batch_size=12),
+    super_resolution=TABLE_I | dict(image_size=512, batch_size=12, attention=(32, 16)),
     inpainting=TABLE_I | dict(image_size=256, width=96, mult=(1, 2, 4, 8), batch_size=48, lr=4e-5,
                               iterations=400_000),
-    saliency=TABLE_I | dict(image_size=384),
-    edges=TABLE_I | dict(image_size=320))
+    saliency=TABLE_I | dict(image_size=384, attention=(24, 12)),        # the last two levels, in
+    edges=TABLE_I | dict(image_size=320, attention=(20, 10)))            # latents with f = 4
 
 
 def presets(task):
