@@ -74,16 +74,18 @@ def ssim(a, b):
 
     Its means, variances and covariance are those of even windows of 7x7 pixels.
     """
+    a = (a + 1) / 2                                           # in [0, 1]: light is never negative
+    b = (b + 1) / 2
     both = [a, b, a * a, b * b, a * b]
     ma, mb, aa, bb, ab = [F.avg_pool2d(x.contiguous(), 7, stride=1) for x in both]
-    c1 = (0.01 * 2) ** 2                                      # 2 is the range of [-1, 1]
-    c2 = (0.03 * 2) ** 2
+    c1 = 0.01 ** 2
+    c2 = 0.03 ** 2
     light = (2 * ma * mb + c1) / (ma ** 2 + mb ** 2 + c1)
     form = (2 * (ab - ma * mb) + c2) / (aa - ma ** 2 + bb - mb ** 2 + c2)
     return (light * form).flatten(1).mean(1)
 
 
-def loss(x, again, mean, logvar, structure=0.5, kl=1e-4):
+def loss(x, again, mean, logvar, structure=0.1, kl=1e-4):
     """The first stage's loss of each example, [B]: ℓ₁, structure, and the latents' KL to N(0, I).
 
     Each is a mean. The KL only keeps the latents from growing.
@@ -268,7 +270,7 @@ FLAGS = {name: unet.FLAGS[name] for name in ("width", "mult", "blocks")} | dict(
     latent=(3, "channels of the latents", None),
     of=("images", "what it encodes; masks and edges: extras.tasks' targets", tuple(TASKS)),
     edge_bits=(False, "bit k of an edge PNG is what annotator k marked", None),
-    structure=(0.5, "weight of 1 - SSIM in the loss", (0,)),
+    structure=(0.1, "weight of 1 - SSIM in the loss", (0,)),
     kl=(1e-4, "weight of the KL in the loss", (0,)))
 SAMPLING = dict(
     evaluate=(False, "print how well --n test images come back, and draw eight of them", None))
