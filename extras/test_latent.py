@@ -377,3 +377,119 @@ def test_memory_of_the_papers_preset(task, capsys):
               f"(float32) in pixels; and {weights:.1f} GB of weights and moments")
     assert exact + weights < 72 and pixels > 100              # 8 GB are for what is transient
     assert 0.4 < latents / exact < 0.8
+
+
+# --------------------------------------------------------------------- the papers' data as they come
+
+DIV2K = "DIV2K_train_HR/0001.png DIV2K_train_LR_bicubic/X4/0001x4.png " \
+        "DIV2K_valid_HR/0801.png DIV2K_valid_LR_bicubic/X4/0801x4.png"
+DUTS = "DUTS-TR/DUTS-TR-Image/n1.jpg DUTS-TR/DUTS-TR-Mask/n1.png " \
+       "DUTS-TE/DUTS-TE-Image/n2.jpg DUTS-TE/DUTS-TE-Mask/n2.png"
+CELEBAHQ = "train_256/7.jpg val_source_256/8.jpg visual_test_source_256/9.jpg"
+BSDS = "images/train/1.jpg images/val/2.jpg images/test/3.jpg " \
+       "groundTruth/train/1.mat groundTruth/val/2.mat groundTruth/test/3.mat"
+
+
+def tree(root, files):
+    """These files below a folder: small images, or BSDS500's .mat files of two annotators."""
+    from scipy.io import savemat
+    for k, name in enumerate(files.split()):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(k)
+        if name.endswith(".mat"):
+            people = np.empty((1, 2), object)
+            for person in range(2):
+                marks = np.zeros((24, 32), np.uint8)
+                marks[5 + person, 3:9] = 1
+                people[0, person] = dict(Segmentation=marks + 1, Boundaries=marks)
+            savemat(root / name, dict(groundTruth=people))
+        else:
+            mode = "L" if "Mask" in name else "RGB"
+            pixels = random.integers(0, 256, (24, 32, 3), np.uint8)
+            Image.fromarray(pixels).convert(mode).save(root / name)
+    return root
+
+
+def as_run(task, folder, **more):
+    """What pairs and test files need of a run."""
+    flags = tasks.FLAGS | tasks.SAMPLING
+    s = {name: row[0] for name, row in flags.items()}
+    s |= dict(script=task, dataset="folder", data_dir=str(folder), image_size=16, train=False)
+    s = types.SimpleNamespace(**s | more)
+    return types.SimpleNamespace(settings=s, args=s, rank=0, device=torch.device("cpu"),
+                                 directory=folder / "run", barrier=lambda: None)
+
+
+@pytest.mark.parametrize("task, files, train, test", [
+    ("super_resolution", DIV2K, ["DIV2K_train_HR/0001.png"], "0801: DIV2K_valid_HR/0801.png"),
+    ("saliency", DUTS, ["DUTS-TR/DUTS-TR-Image/n1.jpg DUTS-TR/DUTS-TR-Mask/n1.png"],
+     "DUTS-TE-Image-n2: DUTS-TE/DUTS-TE-Image/n2.jpg DUTS-TE/DUTS-TE-Mask/n2.png"),
+    ("inpainting", CELEBAHQ, ["train_256/7.jpg"], "9: visual_test_source_256/9.jpg"),
+    ("edges", BSDS, ["images/train/1.jpg groundTruth/train/1.mat",
+                     "images/val/2.jpg groundTruth/val/2.mat"],
+     "3: images/test/3.jpg groundTruth/test/3.mat")])
+def test_datasets_as_they_come(task, files, train, test, few):
+    """What is trained on and what is measured. Catches test images in training, a low resolution
+    taken for the high one, and a truth of another image.
+    """
+    folder = tree(few / "d", files)
+    pairs, _ = task_data.partners(folder, task)
+
+    def named(pair):
+        return " ".join(file.relative_to(folder).as_posix() for file in pair if file)
+
+    assert [named(pair) for pair in pairs] == train
+    assert [f"{name}: {named(pair)}" for name, *pair in
+            task_data.test_files(as_run(task, folder), 9)] == [test]
+    assert len(task_data.load_pairs(as_run(task, folder))) == len(train)
+
+
+def test_berkeleys_annotators_are_read(few):
+    """Two mark a row each. Catches one annotator for all, and the segments for the boundaries."""
+    tree(few, "images/train/1.jpg groundTruth/train/1.mat")
+    planes, marked = task_data.open_pair("images/train/1.jpg", "groundTruth/train/1.mat", "RGB")
+    assert marked.shape == (2, 24, 32) and marked.sum() == 12
+    assert marked[0, 5, 3:9].all() and marked[1, 6, 3:9].all()
+    assert set(np.unique(planes[3])) == {0, 128} and (planes[3] == 128).sum() == 12
+    (few / "bad.mat").write_bytes(b"nothing")
+    with pytest.raises(data.Problem, match="bad.mat is not as BSDS500's"):
+        task_data.open_pair("images/train/1.jpg", few / "bad.mat", "RGB")
+
+
+def test_what_is_measured_was_not_trained_on(few, capsys):
+    """Also not by the first stage; and where nobody can tell, nothing is measured. Catches figures
+    of training images.
+    """
+    tree(few / "a", "1.png 2.png")
+    tree(few / "b", "1.png 2.png x.png")                      # b/x.png alone is new
+    folder = ["--dataset", "folder", "--data-dir"]
+    call(autoencoder, capsys, *FIRST, 1, *folder, "a", "--run", "first")
+    assert "first was trained on" in call(
+        autoencoder, capsys, "--evaluate", "--run", "first", *CPU, "--data-dir", "b", status=2)
+    tree(few / "c", "7.png 8.png 9.png")
+    (few / "c/7.png").unlink()
+    (few / "c/8.png").unlink()
+    out = call(autoencoder, capsys, "--evaluate", "--run", "first", *CPU, "--data-dir", "c")
+    assert "bicubic" in out and "(1 images)" in out
+    train = ["super_resolution", "--train", *SMALL, "--mult", 1, 1, "--attention", "--iterations", 1]
+    call(tasks, capsys, *train, *folder, "c", "--autoencoder", "first", "--sigma-data", 1)
+    ask = ["super_resolution", "--evaluate", "--steps", 1, *CPU, "--data-dir"]
+    assert "first was trained on" in call(tasks, capsys, *ask, "a", status=2)
+    for file in few.glob("runs/*/trained-on-*"):
+        file.unlink()
+    assert "nobody can tell" in call(tasks, capsys, *ask, "a", status=2)
+
+
+@pytest.mark.parametrize("module, flags, words", [
+    (autoencoder, "--train --sample", "an autoencoder draws nothing"),
+    (autoencoder, "--train --image-size 18", "--image-size of 4"),
+    (autoencoder, "--train --dataset cifar10 --evaluate", "--dataset shapes or folder"),
+    (autoencoder, "--train --of masks --dataset cifar10", "--dataset shapes or folder"),
+    (latent, "--train --clip --sample", "no --clip"),
+    (latent, "--train --h sine --no-precondition", "no --h sine"),
+    (latent, "--train --autoencoder runs/none", "there is no first stage in runs/none"),
+    (latent, "--train --dataset lsun-church --preset paper", "the paper has no sizes")])
+def test_wrong_flags_are_sentences(module, flags, words, few, capsys):
+    """Before anything is trained. Catches a traceback, and a flag that is silently ignored."""
+    assert words in call(module, capsys, *flags.split(), *CPU, status=2)
+    assert not list(few.glob("runs/*"))
