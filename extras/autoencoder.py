@@ -211,7 +211,8 @@ def open_autoencoder(name):
         config = net.config
         return net, config.in_channels, config.latent_channels, len(config.block_out_channels)
     except ImportError as error:
-        raise data.Problem(f"{name} is no run; for one of diffusers: pip install diffusers") from error
+        raise data.Problem(f"{name} is no run of ours; if it is diffusers', pip install "
+                           f"diffusers") from error
     except (OSError, ValueError, AttributeError) as error:
         raise data.Problem(f"{name} is no autoencoder of ours or diffusers' ({error})") from error
 
@@ -220,9 +221,10 @@ def open_autoencoder(name):
 
 def bicubic(x, numbers):
     """x [1, C, h, w] as a smaller image of so many numbers, enlarged again."""
-    h, w = x.shape[-2:]
+    whole = tuple(x.shape[-2:])
     scale = math.sqrt(numbers / x.numel())
-    for size in ((round(h * scale), round(w * scale)), (h, w)):
+    small = tuple(round(side * scale) for side in whole)
+    for size in (small, whole):
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
     return x.clamp(-1, 1)
 
