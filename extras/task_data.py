@@ -15,8 +15,10 @@ import data
 
 # Each task, and the word in the names of its targets' folders: "" if it needs none.
 TARGETS = dict(super_resolution="", inpainting="", saliency="mask", edges="edge")
-HELD_OUT = r"test|.*-te|.*_valid_.*|.*_lr_.*"        # folders of DUTS and DIV2K not to train on,
-TEST = r"test|.*-te|.*_valid_hr"                     # and those to measure on
+# Folders not to train on, and those of them to measure on: DUTS-TE, DIV2K_valid_HR, and CelebA-HQ's
+# visual_test_256, as LaMa's script has split it.
+HELD_OUT = r"test|.*-te|.*_valid_.*|.*_lr_.*|(val|visual_test)(_source)?_256"
+TEST = r"test|.*-te|.*_valid_hr|visual_test(_source)?_256"
 
 # -------------------------------------------------------------------------------------------- pairs
 
@@ -120,13 +122,16 @@ def partners(folder, task, test=False):
     """([(image, its target or None)] of the images below a folder; a key of the folder's state).
 
     Where the task has targets, images lie in a folder named images, or ending so, and the target of
-    images/x.jpg is masks/x.* or edges/x.* (of DUTS-TR-Image/x.jpg, DUTS-TR-Mask/x.*). Folders named
-    as HELD_OUT are left out, unless `test` is true. Raises Problem.
+    images/x.jpg is masks/x.* or edges/x.* (of DUTS-TR-Image/x.jpg, DUTS-TR-Mask/x.*; of BSDS500's
+    images/train/x.jpg, groundTruth/train/x.mat). Folders named as HELD_OUT are left out, unless
+    `test` is true. Raises Problem.
     """
     files, key = data.image_files(folder)
     word = TARGETS[task]
     left_out = "(.*[-_])?(mask|edge)s?" + ("" if test else "|" + HELD_OUT)
-    known = {file.with_suffix("").as_posix().lower(): file for file in files}
+    berkeley = word == "edge" and (folder / "groundTruth").is_dir()
+    more = folder.glob("groundTruth/*/*.mat") if berkeley else []
+    known = {file.with_suffix("").as_posix().lower(): file for file in [*files, *more]}
     found = []
     for file in files:
         above = file.relative_to(folder).parts[:-1]
@@ -134,6 +139,8 @@ def partners(folder, task, test=False):
             continue
         name = file.with_suffix("").as_posix().lower()
         partner = re.sub("image(s?/[^/]*)$", rf"{word}\1", name)
+        if berkeley:
+            partner = re.sub("images(/[^/]*/[^/]*)$", r"groundtruth\1", name)
         if word and partner != name and partner not in known:
             raise data.Problem(f"{file} has no partner in a folder of {word}s beside its own")
         if not word or partner != name:
@@ -161,14 +168,19 @@ def fitted(file, s):
 def open_pair(image, target=None, mode=None, bits=False, size=None):
     """(an image and its target, uint8 [C + 0 or 1, h, w]; what annotators marked, bool [A, h, w]).
 
-    bits: bit k of a target is what annotator k marked, and the target becomes their mean. Without,
-    one annotator marked what is 128 or more. size: (h, w), if not the image's. Raises Problem.
+    bits: bit k of a target is what annotator k marked, and the target becomes their mean, as of a
+    .mat file. Without, one annotator marked what is 128 or more. size: (h, w), if not the image's.
+    Raises Problem.
     """
     planes = [data.open_image(image, mode)]
     marked = None
     w, h = planes[0].size
     if target:
-        planes.append(data.open_image(target, "L"))
+        berkeley = pathlib.Path(target).suffix == ".mat"
+        bits = bits or berkeley
+        each = annotators(target) if berkeley else []
+        planes.append(Image.fromarray(255 * each.max(0)) if berkeley
+                      else data.open_image(target, "L"))
         pixels = np.asarray(planes[1])
         low = pixels.min()
         high = pixels.max()
@@ -177,7 +189,8 @@ def open_pair(image, target=None, mode=None, bits=False, size=None):
         if low == high or high < 128 and not bits:
             raise data.Problem(f"{target} has values from {low} to {high} only: a target is black "
                                f"(0) and white (255), or with --edge-bits a bit an annotator")
-        each = [pixels >> k & 1 for k in range(8)] if bits else [pixels >= 128]
+        if not berkeley:
+            each = [pixels >> k & 1 for k in range(8)] if bits else [pixels >= 128]
         marked = np.stack([marks > 0 for marks in each if marks.any()])
         if bits:
             planes[1] = Image.fromarray((255 * marked.mean(0)).round().astype(np.uint8))
@@ -187,29 +200,53 @@ def open_pair(image, target=None, mode=None, bits=False, size=None):
     return pixels.transpose(2, 0, 1), marked
 
 
+def annotators(file):
+    """What each annotator of BSDS500's .mat file marked, 0 or 1, uint8 [A, h, w]. Needs scipy."""
+    try:
+        from scipy.io import loadmat
+        people = loadmat(file)["groundTruth"][0]
+        return np.stack([person["Boundaries"][0, 0] > 0 for person in people]).astype(np.uint8)
+    except ImportError as error:
+        raise data.Problem(f"{file} is read with scipy: pip install scipy") from error
+    except Exception as error:                                # scipy raises many kinds
+        raise data.Problem(f"{file} is not as BSDS500's .mat files ({error})") from error
+
+
+def in_test(file, folder):
+    """The parts of a file's path below its test folder in `folder`, or () if it is in none."""
+    parts = file.relative_to(folder).with_suffix("").parts
+    tests = [k for k, part in enumerate(parts[:-1]) if re.fullmatch(TEST, part, re.I)]
+    return parts[tests[0] + 1:] if tests else ()
+
+
 def test_files(run, n):
     """[(name, image, target or None)]: n test images, evenly spread. Raises Problem.
 
-    They are those of the folder test in --data-dir (or DUTS-TE, or DIV2K_valid_HR). Without such a
-    folder they are those of --data-dir, if the run was not trained on them.
+    They are those in folders named as TEST in --data-dir. Without such a folder they are those of
+    --data-dir, if neither the run nor its first stage was trained on them.
     """
     folder = pathlib.Path(run.settings.data_dir)
-    found = [f for f in folder.glob("*") if re.fullmatch(TEST, f.name, re.I) and f.is_dir()]
-    if run.args.train and not found:
+    pairs, _ = partners(folder, run.settings.script, test=True)
+    files = [pair for pair in pairs if in_test(pair[0], folder)] or pairs
+    if run.args.train and not in_test(files[0][0], folder):
         raise data.Problem(f"{folder} has no folder named test: make one; or train first, and then "
                            f"evaluate with the --data-dir of other images", 2)
-    folder = min(found, default=folder)
-    files, _ = partners(folder, run.settings.script, test=True)
     n = min(n, len(files))
     files = [files[k * len(files) // n] for k in range(n)]
-    lists = run.directory.glob("trained-on-*.txt")
+    lists = [*run.directory.glob("trained-on-*.txt")]
+    if run.args.evaluate and not run.args.train and not lists:
+        raise data.Problem(f"{run.directory} has no trained-on-*.txt, so nobody can tell whether "
+                           f"it was trained on {folder}: train a run on other images", 2)
+    stage = vars(run.settings).get("autoencoder")
+    lists += pathlib.Path(stage).glob("trained-on-*.txt") if stage else []
     trained = {line for path in lists for line in path.read_text().split()}
     for image, _ in files:
         if digest(image) in trained:
-            raise data.Problem(f"{run.directory} was trained on {image}: put other images in a "
+            raise data.Problem(f"{run.directory}{f' or {stage}' if stage else ''} was trained on "
+                               f"{image}: put other images in a "
                                f"folder named test, or name their folder with --data-dir", 2)
-    names = [image.relative_to(folder).with_suffix("") for image, _ in files]
-    names = ["-".join(name.parts) for name in names]
+    names = ["-".join(in_test(image, folder) or image.relative_to(folder).with_suffix("").parts)
+             for image, _ in files]
     if len(set(names)) < n:
         raise data.Problem(f"two images in {folder} differ in their suffix alone: rename one", 2)
     return [(name, *pair) for name, pair in zip(names, files)]

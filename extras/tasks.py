@@ -1,8 +1,8 @@
 """Image-conditioned DDM (ADM, Sec. V-C): super-resolution, inpainting, saliency and edges.
 
 Process, loss and samplers are ddm.py's. The network is told one thing more, an image: the
-condition. An encoder makes features of it, and the decoders meet them at every level. The papers
-diffuse in the latent space of an autoencoder. Here it is pixels: patches in training, and then
+condition. An encoder makes features of it, and the decoders meet them at every level. What diffuses
+is pixels, or with --autoencoder, as in the papers, latents: patches in training, and then
 overlapping windows of images of any size.
 
     python -m extras.tasks saliency --train --evaluate         embedded shapes, minutes on two cores
@@ -18,6 +18,7 @@ overlapping windows of images of any size.
 
 import functools
 import importlib.util
+import math
 import pathlib
 import sys
 import types
@@ -31,6 +32,7 @@ import data
 import ddm
 import unet
 from extras import task_data
+from extras.autoencoder import FirstStage
 from extras.task_data import TARGETS
 
 SCALE = 4                    # of super-resolution, each way
@@ -55,9 +57,13 @@ def example(task, image, target=None, hole=None):
     return target, image
 
 
-def finish(task, x0, condition):
-    """The answer that x0 means. Inpainting's known pixels are pasted back."""
-    if task == "super_resolution":
+def finish(task, x0, condition, stage=None):
+    """The answer that x0 means, or that its latents mean. Inpainting's known pixels are pasted."""
+    if stage:
+        h, w = condition.shape[-2:]
+        x0 = stage.decode(x0)[..., :h, :w]
+        x0 = x0.mean(1, keepdim=True) if TARGETS[task] else x0
+    elif task == "super_resolution":
         x0 = condition + x0 / GAIN
     if task == "inpainting":
         x0 = torch.where(condition[:, -1:] > 0, x0, condition[:, :-1])
@@ -67,14 +73,15 @@ def finish(task, x0, condition):
 # ----------------------------------------------------------------------------------- 2 the network
 
 class Encoder(nn.Module):
-    """A condition [B, c, H, W] -> a tuple of each level's features, [B, widths[i], H/2^i, W/2^i].
+    """A condition [B, c, fH, fW] -> a tuple of each level's features, [B, widths[i], H/2^i, W/2^i].
 
-    It knows no time, so that one call serves all steps of a sampler.
+    f is `factor`: H and W are those of what diffuses, and latents are smaller than the image. It
+    knows no time, so that one call serves all steps of a sampler.
     """
 
-    def __init__(self, c, widths):
+    def __init__(self, c, widths, factor=1):
         super().__init__()
-        self.first = unet.conv(c, widths[0])
+        self.first = unet.conv(c, widths[0], kernel=max(3, 2 * factor - 1), stride=factor)
         self.down = nn.ModuleList(unet.conv(w, w, stride=2) for w in widths[:-1])
         self.levels = nn.ModuleList(
             unet.Block(a, b, 0, 0.0) for a, b in zip([widths[0], *widths], widths))
@@ -93,14 +100,15 @@ class SwinEncoder(Encoder):
     to the compact encoder's features at the level of its stride, or at the last.
     """
 
-    def __init__(self, c, widths, pretrained=False):
+    def __init__(self, c, widths, factor=1, pretrained=False):
         from torchvision.models import swin_b
-        super().__init__(c, widths)
+        super().__init__(c, widths, factor)
         try:
             self.swin = swin_b(weights="IMAGENET1K_V1" if pretrained else None).features
         except (OSError, RuntimeError) as error:                         # no network, a checksum
             raise data.Problem(f"no ImageNet weights ({error}): add --no-pretrained") from error
-        self.level = [min(k + 2, len(widths) - 1) for k in range(4)]
+        strides = [factor * 2 ** i for i in range(len(widths))]
+        self.level = [strides.index(min(max(factor, 4 * 2 ** k), strides[-1])) for k in range(4)]
         self.maps = nn.ModuleList(
             unet.conv(128 * 2 ** k, widths[i], kernel=1) for k, i in enumerate(self.level))
         statistics = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
@@ -183,15 +191,18 @@ class TaskUNet(unet.UNet):
     condition: c's channels. fuse: how features enter the decoders, by "concat" (ADM, Sec. V-A,
     "Architecture") or by "attention" ("Implementation"). Then, as in the released code, the first
     level's are joined to x, because attention would cost most there. encoder: compact or swin_b.
+    first_stage: the facts of the autoencoder of whose latents x is, or None.
     """
 
-    def __init__(self, channels, condition, encoder, fuse, pretrained=False, **sizes):
+    def __init__(self, channels, condition, encoder, fuse, pretrained=False, first_stage=None,
+                 **sizes):
         widths = [sizes["width"] * m for m in sizes["mult"]]
+        factor = first_stage["factor"] if first_stage else 1
         self.way = fuse                                                  # `decoder` needs it now
         super().__init__(channels + (widths[0] if fuse == "attention" else 0), **sizes)
         swin = encoder == "swin_b"
-        self.encode = (SwinEncoder(condition, widths, pretrained) if swin
-                       else Encoder(condition, widths))
+        self.encode = (SwinEncoder(condition, widths, factor, pretrained) if swin
+                       else Encoder(condition, widths, factor))
 
     def decoder(self, *arguments):
         return Decoder(self.way, *arguments[:-1])
@@ -215,14 +226,19 @@ def train(run):
     s = run.settings
     pairs = task_data.load_pairs(run)
     channels = len(pairs[0]) - bool(TARGETS[s.script])
+    if run.stage and not run.checkpoint:
+        g = torch.Generator(run.device).manual_seed(data.seed("batch", s.seed))
+        some = example(s.script, *task_data.batch(pairs, s.script, s.image_size, 64, g))
+        run.stage.measure(finish(s.script, *some))
     build = functools.partial(TaskUNet, pretrained=s.pretrained and not run.checkpoint)
-    net, ema = run.networks(build, network(s, channels))
+    net, ema = run.networks(build, network(s, channels, run.stage))
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, fused=True)
     parallel = run.parallel(net)
 
     for step, g in run.steps(net, ema, optimizer):
         patches = task_data.batch(pairs, s.script, s.image_size, s.batch_size, g)
         x0, condition = example(s.script, *patches)
+        x0 = run.stage.encode(finish(s.script, x0, condition)) if run.stage else x0
         t = ddm.draw_times(len(x0), s.time_power, g, s.delta)                  # Alg. 1, line 3
         eps = torch.randn(x0.shape, generator=g, device=g.device)
         t = torch.ones_like(t) if s.regression else t         # the baseline: one guess, from x₁ = 0
@@ -245,27 +261,32 @@ def train(run):
 
 # -------------------------------------------------------------------------------------- 4 sampling
 
-def windowed(model_of, condition, size):
-    """call(x, t) of an image of any size: model_of(windows of the condition)(windows of x, t).
+def windowed(model_of, condition, size, factor=1):
+    """call(x, t) of an x of any size: model_of(windows of the condition)(windows of x, t).
 
+    Windows of x are of size x size, those of the condition are `factor` times larger each way.
     Neighbours share a quarter of a window. Outputs are averaged with weights that fall towards a
     window's border. This is linear: outputs that add up to x_t go on doing so.
     """
     stride = size - size // 4
     at_once = max(1, 16 * 64 ** 2 // size ** 2)
 
-    def cut(x):
-        windows = F.unfold(x, size, stride=stride)[0].T.unflatten(1, (-1, size, size))
+    whole = [side // factor for side in condition.shape[-2:]]
+
+    def cut(x, zoom=1):
+        side = zoom * size
+        windows = F.unfold(x, side, stride=zoom * stride)[0].T.unflatten(1, (-1, side, side))
         return windows.contiguous(memory_format=torch.channels_last).split(at_once)
 
     def paste(windows):
-        return F.fold(windows.flatten(1).T, condition.shape[-2:], size, stride=stride)[None]
+        return F.fold(windows.flatten(1).T, whole, size, stride=stride)[None]
 
     i = torch.arange(size, device=condition.device)
     ramp = 1.0 + torch.minimum(i, size - 1 - i).clamp(max=size // 4)
-    weight = (ramp[:, None] * ramp).expand(sum(map(len, cut(condition))), 1, size, size)
+    seen = cut(condition, factor)
+    weight = (ramp[:, None] * ramp).expand(sum(map(len, seen)), 1, size, size)
     share = weight / torch.cat(cut(paste(weight)))
-    models = [model_of(part) for part in cut(condition)]                 # once for all calls
+    models = [model_of(part) for part in seen]                           # once for all calls
 
     def call(x, t):
         outputs = [model(part, t.expand(len(part))) for model, part in zip(models, cut(x))]
@@ -275,22 +296,26 @@ def windowed(model_of, condition, size):
 
 
 def walk(run, net, condition, generator):
-    """ddm.walk for a condition [1, c, h, w] of any size."""
-    size = run.settings.image_size
-    h, w = condition.shape[-2:]
+    """ddm.walk for a condition [1, c, h, w] of any size. Latents that it yields cover h and w."""
+    facts = run.checkpoint["network"].get("first_stage")
+    factor = facts["factor"] if facts else 1
+    size = run.settings.image_size // factor
+    h, w = [math.ceil(side / factor) for side in condition.shape[-2:]]
 
     def lacking(length):                                      # until windows cover it
-        return max(size - length, (size - length) % (size - size // 4))
+        stride = factor * (size - size // 4)
+        return max(factor * size - length, (factor * size - length) % stride)
 
     def model_of(part):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
             return told(net, net.encode(part), run)
 
-    condition = F.pad(condition, (0, lacking(w), 0, lacking(h)), mode="replicate")
+    right, below = [lacking(condition.shape[axis]) for axis in (3, 2)]
+    condition = F.pad(condition, (0, right, 0, below), mode="replicate")
     channels = run.checkpoint["network"]["channels"]
-    x1 = data.randn(condition[:, :1].expand(-1, channels, -1, -1), [generator])
-    x1 = x1 * (not run.settings.regression)
-    call = windowed(model_of, condition, size)
+    like = condition[:, :1, ::factor, ::factor].expand(-1, channels, -1, -1)
+    x1 = data.randn(like, [generator]) * (not run.settings.regression)
+    call = windowed(model_of, condition, size, factor)
     for t, x, x0 in ddm.walk(call, x1, generator=[generator], **sampler(run)):
         yield t, x[..., :h, :w], x0[..., :h, :w]
 
@@ -309,8 +334,9 @@ def answers(run, net, q):
     for k in range(run.args.ensemble):
         g = torch.Generator().manual_seed(data.seed("image", *q.seeds, k))
         for t, x, x0 in walk(run, net, q.condition, g):
-            x0 = finish(task, x0, q.condition)
+            x0 = finish(task, x0, q.condition, run.stage)
             if k == 0:
+                x = finish(task, x, q.condition, run.stage) if run.stage else x
                 frames.append((t, x.cpu(), x0.cpu()))
         members.append(x0)
     mean = sum(members) / len(members)
@@ -480,7 +506,9 @@ FLAGS = ddm.FLAGS | unet.FLAGS | dict(
     fuse=("concat", "how its features meet the decoders", ("concat", "attention")),
     pretrained=(True, "Swin-B begins with ImageNet's weights, which are downloaded", None),
     edge_bits=(False, "bit k of an edge PNG is what annotator k marked", None),
-    regression=(False, "a baseline: the same network makes one guess, without noise", None))
+    regression=(False, "a baseline: the same network makes one guess, without noise", None),
+    autoencoder=("", "diffuse in the latents of this one: a run of extras.autoencoder, or "
+                     "diffusers' (pixels)", None))
 SAMPLING = ddm.SAMPLING | dict(
     steps=(5, "steps of the solver, each a network call", None),
     evaluate=(False, "print the metric of --n test images, and draw eight of them", None),
@@ -491,13 +519,14 @@ DEMO = dict(image_size=32, width=24, iterations=700, batch_size=16, second="conv
 PATCHES = dict(image_size=128, width=64, mult=(1, 2, 4, 4), dropout=0.0, batch_size=32,
                iterations=100_000, lr=1e-4)
 TABLE_I = ddm.PAPER | dict(encoder="swin_b", width=128, mult=(1, 2, 4, 4), blocks=2, batch_size=16,
-                           lr=5e-5, iterations=200_000, delta=1e-4)
+                           lr=5e-5, iterations=200_000, delta=1e-4,
+                           autoencoder="runs/autoencoder-folder")
 PAPER = dict(                                                 # the columns of ADM's Table I
-    super_resolution=TABLE_I | dict(image_size=512, batch_size=12),
+    super_resolution=TABLE_I | dict(image_size=512, batch_size=12, attention=(32, 16)),
     inpainting=TABLE_I | dict(image_size=256, width=96, mult=(1, 2, 4, 8), batch_size=48, lr=4e-5,
                               iterations=400_000),
-    saliency=TABLE_I | dict(image_size=384),
-    edges=TABLE_I | dict(image_size=320))
+    saliency=TABLE_I | dict(image_size=384, attention=(24, 12)),        # the last two levels, in
+    edges=TABLE_I | dict(image_size=320, attention=(20, 10)))            # latents with f = 4
 
 
 def presets(task):
@@ -507,20 +536,33 @@ def presets(task):
     return {"shapes": DEMO | own, "folder": PATCHES | own | size, "paper folder": PAPER[task]}
 
 
-def network(s, channels):
-    """TaskUNet's arguments. channels: of the images; a target has one."""
+def network(s, channels, stage=None):
+    """TaskUNet's arguments. channels: of the images; a target has one. stage: of latents, whose."""
     x0_channels = 1 if TARGETS[s.script] else channels
     condition = channels + (s.script == "inpainting")
-    return ddm.network(s, x0_channels) | dict(condition=condition, encoder=s.encoder, fuse=s.fuse)
+    own = dict(condition=condition, encoder=s.encoder, fuse=s.fuse)
+    if stage:
+        own |= dict(first_stage=stage.facts, size=s.image_size // stage.factor)
+        x0_channels = stage.latent
+    return ddm.network(s, x0_channels) | own
 
 
 def check(run):
-    """Say what cannot be before all else. Raises ValueError or Problem."""
+    """Say what cannot be before all else, and open the first stage. ValueError, Problem."""
     s, args = run.settings, run.args
     ddm.predictor(None, **ddm.meaning(s))
     ddm.sampler(run)
+    run.stage = None
+    if s.autoencoder:
+        facts = run.checkpoint["network"]["first_stage"] if run.checkpoint else None
+        run.stage = FirstStage(s.autoencoder, run.device, facts)
+        if args.clip or s.precondition and s.sigma_data != 1:
+            raise ValueError("latents have no bounds, and the variance 1: no --clip, and with "
+                             "--precondition --sigma-data 1")
+        if s.image_size % run.stage.factor:
+            raise ValueError(f"--image-size must be a multiple of {run.stage.factor}")
     with torch.device("meta"):
-        TaskUNet(**network(s, 3))
+        TaskUNet(**network(s, 3, run.stage))
     if s.dataset not in ("shapes", "folder") or s.h == "sine":
         raise ValueError("a task is for --dataset shapes or folder, and not for --h sine")
     if s.script == "super_resolution" and (s.image_size % SCALE or args.clip):
