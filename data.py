@@ -1,7 +1,6 @@
 """What is not diffusion: images in, pictures out, and a Run: a directory with its settings.
 
-A dataset is one uint8 array; a checkpoint, one file of plain types and tensors. Training step k is
-a function of (seed, k), and sampled image i of (seed, i), whatever the batch or the processes.
+Training step k is a function of (seed, k), and image i of (seed, i), however many processes work.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -112,6 +112,7 @@ def randn(like, generator=None):
 
 # ---------------------------------------------------------------------------------------- images in
 
+HERE = pathlib.Path(__file__).parent
 CROPS = {"celeba": (25, 57, 153, 185)}           # DDIM's box of the aligned 178x218 images
 COLOURS = ((235, 70, 60), (250, 200, 50), (80, 200, 110), (90, 150, 250))
 
@@ -264,10 +265,9 @@ def to_uint8(x):
 
 def batch(images, size, generator):
     """x0 [B, C, H, W] in [-1, 1] of uint8 images, drawn with replacement; half are mirrored."""
-    device = generator.device
-    index = torch.randint(len(images), (size,), generator=generator, device=device)
-    mirror = torch.rand(size, generator=generator, device=device) < 0.5
-    x0 = to_float(images[index.to(images.device)].to(device))
+    index = torch.randint(len(images), (size,), generator=generator, device=generator.device)
+    mirror = torch.rand(size, generator=generator, device=generator.device) < 0.5
+    x0 = to_float(images[index.to(images.device)].to(generator.device))
     return torch.where(mirror[:, None, None, None], x0.flip(-1), x0)
 
 
@@ -505,7 +505,7 @@ def load_checkpoint(path):
 # ------------------------------------------------------------------------------------- pictures out
 
 def draw(run, walk, calls, looks=None, **options):
-    """Draw --n images, and write two pictures or single PNGs, which are of these `options` alone.
+    """Write --n images, as two pictures or as PNGs which are of these `options` alone.
 
     walk(x1, generators) yields (t, x_t, x̂₀) `looks` or `calls` times, and then the image.
     """
@@ -691,10 +691,14 @@ def open_run(script, doc, flags, sampling, presets, argv=None):
 
 
 def run_directory(script, args, dataset):
-    """--run, or runs/SCRIPT-DATASET, or, to sample, the newest run of this script."""
+    """--run; or runs/SCRIPT-DATASET; or, to sample, the newest run, or the project's weights."""
     if args.run or args.train or dataset:
         return pathlib.Path(args.run or f"runs/{script}-{dataset or 'shapes'}")
     found = [*pathlib.Path("runs").glob(f"{script}-*/checkpoint.pt")]
+    shipped = HERE / f"assets/weights/{script}"
+    if not found and shipped.exists():
+        say(f"no run yet: sampling from {shipped} (docs/{script}.md); --train makes your own")
+        return pathlib.Path(shutil.copytree(shipped, f"runs/{script}-weights"))
     if not found:
         raise Problem(f"there is no runs/{script}-* yet: train first, or name a run by --run")
     return max(found, key=lambda file: file.stat().st_mtime).parent

@@ -1354,7 +1354,7 @@ def test_unet_fuses_a_condition_at_every_level():
 def run_of(script, flags):
     """The Run that a command line means."""
     rows = script.FLAGS | unet.FLAGS
-    argv = f"{flags} --device cpu".split()
+    argv = f"--run new {flags} --device cpu".split()          # whatever runs/ here may hold
     return data.open_run(script.__name__, "", rows, script.SAMPLING, script.PRESETS, argv)
 
 
@@ -1570,7 +1570,7 @@ def by_hand(script, net, s, x0, g):
     return ddm.loss(ddm.predictor(net, sigma_data=s.sigma_data), x0, -x0, eps, t), t
 
 
-@SCRIPTS
+@pytest.mark.parametrize("script", [ddm, blurring, angular, pixel_aware])       # those of by_hand
 def test_training_step_draws_clips_averages_and_records(script, cli, monkeypatch):
     """Done again by hand. Catches other seeds, a late cut, 1 - d for d, angles, a kept graph."""
     seen, made, networks = [], [], data.Run.networks
@@ -1611,8 +1611,9 @@ def test_networks_predictors_and_losses_have_no_graph_break(script, cli, monkeyp
     whole = torch.compile(script.loss, fullgraph=True, backend="eager")
     monkeypatch.setattr(script, "loss", whole)
     monkeypatch.setattr(torch, "compile", lambda net, **_: compiled.append(net) or net)
-    cli(script, tiny(script, 1, "--train --sample --compile --n 1 --steps 1"))
-    assert sum(isinstance(net, nn.Module) for net in compiled) == 2
+    for flags, calls in (("", 0), ("--compile", 2)):
+        cli(script, tiny(script, 1, f"--train --sample --n 1 --steps 1 --run r{calls} {flags}"))
+        assert sum(isinstance(net, nn.Module) for net in compiled) == calls
 
 
 def test_a_machine_without_compiler_or_memory_is_told_so(cli, monkeypatch):
@@ -1768,7 +1769,8 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
 
 
 WRONG = {
-    ddm: "--widht 8 | --wid 8 | --width 12 | --batch-size x | --batch-size 0 | --image-size 18 | "
+    ddm: "--widht 8 | --wid 8 | --mult | --width 12 | "
+         "--batch-size x | --batch-size 0 | --image-size 18 | "
          "--ema 2 | --steps 0 | --lr nan | --lr inf | --sigma-data x | --dropout 1 | --seed -1 | "
          "--h linear | --h x | --h linear --no-precondition --solver ode2 | --sample --n 2000 | "
          "--predict eps --no-precondition | --preset paper | --dataset folder --data-dir nowhere",
@@ -1793,8 +1795,10 @@ def test_help_is_a_page_and_wrong_flags_are_sentences(script, cli, monkeypatch):
     assert "not finite" in cli(script, tiny(script, 1, "--train --lr 1e300 --run far"), 1)
     assert "checkpoint.pt" not in os.listdir("far")
     monkeypatch.setattr(data, "average", lambda *_: pytest.fail("the training began"))
-    for wrong in ["", "--steps 3", *(f"--train {flags}" for flags in WRONG[script].split(" | "))]:
-        cli(script, wrong, 2)
+    wrong = WRONG.get(script, "--widht 8").split(" | ")
+    for flags in ["", "--steps 3", *(f"--train {each}" for each in wrong)]:
+        cli(script, flags, 2)
+    monkeypatch.setattr(data, "HERE", pathlib.Path("nowhere"))          # without shipped weights
     assert "train first" in cli(script, "--sample", 1) and os.listdir() == ["far"]
     cli(script, tiny(script, 1, "--train --run far/.lock/run"), 1)
 
@@ -1817,6 +1821,17 @@ def test_out_resumes_and_refuses_others(cli):
     png(pathlib.Path("mine/a.png"), [[9]])
     assert "choose another --out" in cli(ddm, f"{sample} --out mine", 1)
     assert os.stat("pngs/000000.png").st_mtime == 0 and os.listdir("mine") == ["a.png"]
+
+
+def test_without_a_run_the_projects_weights_are_sampled(cli, monkeypatch):
+    """Catches a first command that fails, another's weights, and pictures in the project's tree."""
+    cli(ddm, tiny(ddm, 2, "--train --run project/assets/weights/ddm"))
+    monkeypatch.setattr(data, "HERE", pathlib.Path("project"))
+    assert "no run yet" in cli(ddm, "--sample --n 1 --steps 2")
+    assert pathlib.Path("runs/ddm-weights/samples.png").exists()
+    assert not pathlib.Path("project/assets/weights/ddm/samples.png").exists()
+    assert "no run yet" not in cli(ddm, "--sample --n 1 --steps 2")
+    cli(angular, "--sample", 1)
 
 
 def test_newest_run_is_sampled_and_one_run_has_one_owner(cli):
@@ -1886,17 +1901,18 @@ def test_killed_at_any_moment_goes_on(cli):
 
 
 TWO = """
-import sys
-import angular, blurring, data, ddm, pixel_aware, unet
+import importlib, sys
+import data, unet
+scripts = [importlib.import_module(line.split()[0]) for line in sys.argv[1:]]
 print("imported")
 import torch.distributed as dist
 begin, draw = dist.init_process_group, data.shapes
 dist.init_process_group = lambda *a, **k: dist.is_initialized() or begin(*a, **k)
-dist.destroy_process_group = lambda: None                     # one group for all four
+dist.destroy_process_group = lambda: None                     # one group for all scripts
 data.shapes = lambda n, size: draw(min(n, 50), size)
-for k, script in enumerate((ddm, blurring, angular, pixel_aware)):
-    place = f"--device cpu --run {script.__name__} --out {script.__name__}/pngs"
-    script.main(f"{sys.argv[1 + k]} {place}".split())
+for script, line in zip(scripts, sys.argv[1:]):
+    name, *flags = line.split()
+    script.main([*flags, *f"--device cpu --run {name} --out {name}/pngs".split()])
 assert not {"extras", "matplotlib", "scipy", "diffusers"} & set(sys.modules), "a program around it"
 """
 
@@ -1906,7 +1922,8 @@ def test_six_files_are_enough_and_two_processes_train_what_one_does(tmp_path, cl
     for module in (*FOUR, unet, data):
         shutil.copy(module.__file__, tmp_path)
     pathlib.Path("two.py").write_text(TWO)
-    flags = [tiny(script, 5, "--train --sample --n 3 --steps 1 --lr 1e-3") for script in FOUR]
+    more = "--train --sample --n 3 --steps 1 --lr 1e-3"
+    flags = [f"{script.__name__} {tiny(script, 5, more)}" for script in FOUR]
     launch = "-m torch.distributed.run --nproc_per_node 2 --standalone two.py"
     assert started(*launch.split(), *flags).startswith("imported\nimported\n")
     for script in FOUR:
@@ -1922,7 +1939,8 @@ def test_printed_commands_and_lines_of_python_run(cli):
     """Those of README.md and of the scripts' first lines. Catches a name that is another by now."""
     readme = (HERE / "README.md").read_text()
     text = "\n".join([readme, *(script.__doc__ for script in FOUR)])
-    command = r"^ *python (ddm|blurring|angular|pixel_aware)\.py (.*?)(?:   |  #|$)"
+    names = "|".join(script.__name__ for script in FOUR)
+    command = rf"^ *python ({names})\.py (.*?)(?:   |  #|$)"
     found = re.findall(command, text, re.M)
     for name, flags in found:
         script = sys.modules[name]

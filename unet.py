@@ -157,9 +157,11 @@ class Decoder(nn.Module):
 
 def check(width, mult, size, second):
     """Raise ValueError for a U-Net that cannot be built."""
-    stride = 2 ** (len(mult) - 1)
+    if not mult:
+        raise ValueError("a network needs a level: give --mult a number")
     if width % 8 or width <= 0:
         raise ValueError(f"the network's width must be a positive multiple of 8, not {width}")
+    stride = 2 ** (len(mult) - 1)
     if size % stride:
         raise ValueError(f"{len(mult)} levels halve the image {len(mult) - 1} times: "
                          f"its size must be a multiple of {stride}, not {size}")
