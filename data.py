@@ -112,7 +112,6 @@ def randn(like, generator=None):
 
 # ---------------------------------------------------------------------------------------- images in
 
-HERE = pathlib.Path(__file__).parent
 CROPS = {"celeba": (25, 57, 153, 185)}           # DDIM's box of the aligned 178x218 images
 COLOURS = ((235, 70, 60), (250, 200, 50), (80, 200, 110), (90, 150, 250))
 
@@ -361,7 +360,7 @@ class Run:
             return
         if self.checkpoint:
             self.restore(**parts)
-        self.lock = own(self.directory / ".lock") if self.rank == 0 else None
+        lock = own(self.directory / ".lock") if self.rank == 0 else None      # until the loop ends
         before = {number: signal.signal(number, self.caught) for number in STOPS}
         self.stop = 0                                         # or the signal that asks to
         self.sums = torch.zeros(2, 5, device=self.device)     # by fifths of t: losses, how many
@@ -581,7 +580,6 @@ SIZES = {
     "cifar10": BIG | dict(image_size=32, iterations=200_000),
     "celebahq": BIG | dict(image_size=256, width=64, mult=(1, 1, 2, 2, 4, 4), batch_size=32),
     "lsun-church": BIG | dict(image_size=128, width=96, mult=(1, 1, 2, 2, 4), batch_size=64)}
-# Flags: name=(default, what it is, choices or limits). COMMON and a script's FLAGS are saved.
 ACTIONS = dict(
     train=(False, "train, or go on with what the run directory holds", None),
     sample=(False, "sample, by default from the newest run of this script in runs/", None),
@@ -606,7 +604,7 @@ CHANGEABLE = ("iterations", "data_dir")          # of a run's settings; the othe
 
 
 def add_rows(parser, title, rows):
-    """A flag for each row: see COMMON."""
+    """A flag for each row: name=(default, what it is, choices or limits)."""
     group = parser.add_argument_group(title)
     for name, (default, text, choices) in rows.items():
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
@@ -629,7 +627,6 @@ def number(kind, low, high=math.inf):
         if low <= kind(text) <= high and kind(text) < math.inf:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
@@ -671,9 +668,8 @@ def open_run(script, doc, flags, sampling, presets, argv=None):
     chosen = {name: tuple(value) if isinstance(value, list) else value
               for name, value in given.items() if name in settings}
     if args.preset:
-        if f"paper {dataset}" not in presets:
-            raise Problem(f"the paper has no sizes for {dataset}: drop --preset paper", 2)
-        chosen = presets[f"paper {dataset}"] | chosen
+        with refusals("there is no preset of the"):
+            chosen = presets[f"paper {dataset}"] | chosen
     if saved and (saved.keys() != settings.keys() or saved["script"] != script):
         raise Problem(f"{directory} is no run of this {script}: choose another --run")
     if saved and not args.train:
@@ -695,7 +691,7 @@ def run_directory(script, args, dataset):
     if args.run or args.train or dataset:
         return pathlib.Path(args.run or f"runs/{script}-{dataset or 'shapes'}")
     found = [*pathlib.Path("runs").glob(f"{script}-*/checkpoint.pt")]
-    shipped = HERE / f"assets/weights/{script}"
+    shipped = pathlib.Path(__file__).parent / f"assets/weights/{script}"
     if not found and shipped.exists():
         say(f"no run yet: sampling from {shipped} (docs/{script}.md); --train makes your own")
         return pathlib.Path(shutil.copytree(shipped, f"runs/{script}-weights"))

@@ -1798,7 +1798,7 @@ def test_help_is_a_page_and_wrong_flags_are_sentences(script, cli, monkeypatch):
     wrong = WRONG.get(script, "--widht 8").split(" | ")
     for flags in ["", "--steps 3", *(f"--train {each}" for each in wrong)]:
         cli(script, flags, 2)
-    monkeypatch.setattr(data, "HERE", pathlib.Path("nowhere"))          # without shipped weights
+    monkeypatch.setattr(data, "__file__", "nowhere/data.py")          # without shipped weights
     assert "train first" in cli(script, "--sample", 1) and os.listdir() == ["far"]
     cli(script, tiny(script, 1, "--train --run far/.lock/run"), 1)
 
@@ -1826,7 +1826,7 @@ def test_out_resumes_and_refuses_others(cli):
 def test_without_a_run_the_projects_weights_are_sampled(cli, monkeypatch):
     """Catches a first command that fails, another's weights, and pictures in the project's tree."""
     cli(ddm, tiny(ddm, 2, "--train --run project/assets/weights/ddm"))
-    monkeypatch.setattr(data, "HERE", pathlib.Path("project"))
+    monkeypatch.setattr(data, "__file__", "project/data.py")
     assert "no run yet" in cli(ddm, "--sample --n 1 --steps 2")
     assert pathlib.Path("runs/ddm-weights/samples.png").exists()
     assert not pathlib.Path("project/assets/weights/ddm/samples.png").exists()

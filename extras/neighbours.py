@@ -166,7 +166,7 @@ def write_samples(run):
         z1 = blur(x0, x0.new_full((len(x0),), s.levels), **heat_of(s))
         return walk(model, z1, steps, generator=generators, **options)
 
-    data.draw(run, walked, steps, data_dir=s.data_dir, **options)
+    data.draw(run, walked, steps, images=s.images, **options)
 
 
 @data.command
