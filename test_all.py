@@ -1953,10 +1953,12 @@ def test_printed_commands_and_lines_of_python_run(cli):
 
 
 @pytest.mark.parametrize("script,flags", [(script, "") for script in FOUR] + [
-    (ddm, f"--no-precondition --h {h} --solver ddm") for h in [*ddm.ATTENUATIONS][1:]])
+    (ddm, f"--no-precondition --h {h}") for h in [*ddm.ATTENUATIONS][1:]])
 def test_gpu_is_given_no_tensor_of_the_cpu_and_asked_for_no_value(script, flags, monkeypatch):
-    """Training but for its gradient, and all samplers, on fake tensors. Catches .item()."""
-    run = run_of(script, tiny(script, 2, f"--train --steps 3 {flags}"))
+    """Training but for its gradient, and all samplers, on fake tensors. Catches .item(), and what
+    is drawn or made elsewhere.
+    """
+    run = run_of(script, tiny(script, 2, f"--train --steps 4 {flags}"))      # for order 3
     nets, gpu = [], torch.device("cuda:0")
 
     def networks(kind, arguments):
@@ -1977,6 +1979,7 @@ def test_gpu_is_given_no_tensor_of_the_cpu_and_asked_for_no_value(script, flags,
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (torch.Tensor, "backward", backward),
+            (torch.Tensor, "cpu", None),
             (data, "load", lambda run: torch.zeros(9, 3, 8, 8, dtype=torch.uint8, device=gpu)),
             (data, "draw", draw)):
         monkeypatch.setattr(place, name, value)
@@ -1985,6 +1988,6 @@ def test_gpu_is_given_no_tensor_of_the_cpu_and_asked_for_no_value(script, flags,
     with FakeTensorMode(allow_non_fake_inputs=True):          # mixed devices and values raise
         run.device, run.bf16, run.sums = gpu, True, torch.zeros(2, 5, device=gpu)
         script.train(run)
-        for solver in [run.args.solver] if flags else script.SAMPLING["solver"][2]:
+        for solver in ("ddm", "ode") if flags else script.SAMPLING["solver"][2]:
             run.args.solver = solver
             script.write_samples(run)

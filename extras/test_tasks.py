@@ -18,7 +18,7 @@ from scipy import sparse
 
 import data
 import ddm
-from extras import task_data, tasks
+from extras import bench, task_data, tasks
 
 CPU = ["--device", "cpu"]
 TINY = "--width 8 --mult 1 2 --blocks 1 --attention --batch-size 4 --image-size 16".split() + CPU
@@ -520,6 +520,31 @@ def test_training_tells_each_example_its_own_condition(few, capsys, monkeypatch)
     assert len(drawn) == 2 and all(far <= 1 and (t < 1).all() for far, t, _ in drawn)
     call(capsys, *flags, "--regression", "--run", "guess")
     assert all((t == 1).all() and not eps.any() for _, t, eps in drawn[2:])
+
+
+@pytest.mark.parametrize("task, fuse", [
+    ("super_resolution", "concat"), ("inpainting", "attention"), ("saliency", "attention"),
+    ("edges", "concat")])
+def test_gpu_is_given_no_tensor_of_the_cpu_and_asked_for_no_value(task, fuse, few, monkeypatch):
+    """Training but for its gradient, and answers, on fake tensors. Catches .item(), and what is
+    drawn or made elsewhere.
+    """
+    argv = ["--train", *TINY, "--steps", "2", "--fuse", fuse]
+    run = data.open_run(task, "", tasks.FLAGS, tasks.SAMPLING, tasks.presets(task), argv)
+    network = tasks.network(run.settings, 3)
+    run.checkpoint = dict(network=network)
+    gpu = torch.device("cuda:0")
+    image = np.zeros((4, 21, 35), np.uint8)
+    monkeypatch.setattr(torch.Tensor, "cpu", None)
+    with bench.fake_gpu(run) as nets:
+        tasks.train(run)
+        q = tasks.question(run, (0, 0), "image", image[:network["condition"]], None)
+        for solver in ddm.SOLVERS:
+            run.args.solver = solver
+            for _, x, x0 in tasks.walk(run, nets[1], q.condition, torch.Generator()):
+                answer = tasks.finish(task, x0, q.condition)
+                assert x.device == answer.device == gpu
+        assert tasks.baseline(task, q)[1].device == gpu
 
 
 def test_answers_are_functions_of_seed_image_and_member(few, capsys, monkeypatch):
