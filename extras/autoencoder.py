@@ -276,7 +276,7 @@ FLAGS = {name: unet.FLAGS[name] for name in ("width", "mult", "blocks")} | dict(
     kl=(1e-4, "weight of the KL in the loss", (0,)))
 SAMPLING = dict(
     evaluate=(False, "print how well --n test images come back, and draw eight of them", None))
-DEMO = dict(image_size=64, width=16, mult=(1, 2, 4), batch_size=8, iterations=1500)
+DEMO = dict(image_size=64, width=16, mult=(1, 2, 4), batch_size=8, iterations=800)
 LDM = dict(width=128, mult=(1, 2, 4), blocks=2, batch_size=12, lr=1e-4)
 PRESETS = dict.fromkeys(data.SIZES, LDM) | dict(shapes=DEMO, folder=LDM | dict(image_size=128))
 

@@ -88,7 +88,7 @@ FLAGS = ddm.FLAGS | unet.FLAGS | dict(
     autoencoder=("", "the first stage: a run of extras.autoencoder, by default the dataset's, or "
                      "an autoencoder of diffusers", None))
 LATENT = dict(width=128, mult=(1, 2, 2, 2), attention=(16, 8), sigma_data=1.0)
-DEMO = dict(image_size=64, second="conv", sigma_data=1.0)
+DEMO = dict(image_size=64, second="conv", sigma_data=1.0, iterations=500)
 PRESETS = dict.fromkeys(data.SIZES, LATENT) | dict(
     {"paper celebahq": ddm.PRESETS["paper celebahq"]}, shapes=DEMO)
 
