@@ -15,7 +15,7 @@ import data
 import ddm
 import pixel_aware
 import unet
-from extras import neighbours, tasks
+from extras import autoencoder, latent, neighbours, tasks
 
 HOME = pathlib.Path(__file__).parents[1]
 PAGES = [HOME / "README.md", *sorted(HOME.glob("docs/*.md"))]
@@ -24,6 +24,8 @@ EVERYWHERE = data.ACTIONS | data.COMMON | data.MACHINE
 PROGRAMS = {script.__name__: (script.FLAGS | unet.FLAGS, script.SAMPLING)
             for script in (ddm, blurring, angular, pixel_aware, tasks)}
 PROGRAMS["ihdm"] = neighbours.FLAGS, neighbours.SAMPLING["ihdm"]
+PROGRAMS["autoencoder"] = autoencoder.FLAGS, autoencoder.SAMPLING
+PROGRAMS["latent"] = latent.FLAGS, ddm.SAMPLING
 PAPERS = [("ddm", 28, 2), ("blurring", 30, 2), ("angular", 13, 0), ("pixel_aware", 26, 1)]
 
 
