@@ -109,7 +109,9 @@ def train(run):
     """Train it on patches, from where the run's checkpoint stopped."""
     s = run.settings
     patches = s.dataset in ("shapes", "folder")               # of others, whole squares
-    images = task_data.load_pairs(as_task(run)) if patches else data.load(run)
+    view = as_task(run)
+    images = task_data.load_pairs(view) if patches else data.load(run)
+    s.images = view.settings.images if patches else s.images  # a checkpoint names them
     sizes = {name: getattr(s, name) for name in ("latent", "width", "mult", "blocks")}
     channels = len(images[0]) if s.of == "images" else 1
     net, ema = run.networks(Autoencoder, sizes | dict(channels=channels))

@@ -418,10 +418,11 @@ def as_run(task, folder, **more):
     """What pairs and test files need of a run."""
     flags = tasks.FLAGS | tasks.SAMPLING
     s = {name: row[0] for name, row in flags.items()}
-    s |= dict(script=task, dataset="folder", data_dir=str(folder), image_size=16, train=False)
+    s |= dict(script=task, dataset="folder", data_dir=str(folder), image_size=16, train=False,
+              images="")
     s = types.SimpleNamespace(**s | more)
     return types.SimpleNamespace(settings=s, args=s, rank=0, device=torch.device("cpu"),
-                                 directory=folder / "run", barrier=lambda: None)
+                                 cuda=False, directory=folder / "run", barrier=lambda: None)
 
 
 @pytest.mark.parametrize("task, files, train, test", [
