@@ -109,7 +109,9 @@ def train(run):
     """Train it on patches, from where the run's checkpoint stopped."""
     s = run.settings
     patches = s.dataset in ("shapes", "folder")               # of others, whole squares
-    images = task_data.load_pairs(as_task(run)) if patches else data.load(run)
+    view = as_task(run)
+    images = task_data.load_pairs(view) if patches else data.load(run)
+    s.images = view.settings.images if patches else s.images  # a checkpoint names them
     sizes = {name: getattr(s, name) for name in ("latent", "width", "mult", "blocks")}
     channels = len(images[0]) if s.of == "images" else 1
     net, ema = run.networks(Autoencoder, sizes | dict(channels=channels))
@@ -276,7 +278,7 @@ FLAGS = {name: unet.FLAGS[name] for name in ("width", "mult", "blocks")} | dict(
     kl=(1e-4, "weight of the KL in the loss", (0,)))
 SAMPLING = dict(
     evaluate=(False, "print how well --n test images come back, and draw eight of them", None))
-DEMO = dict(image_size=64, width=16, mult=(1, 2, 4), batch_size=8, iterations=1500)
+DEMO = dict(image_size=64, width=16, mult=(1, 2, 4), batch_size=8, iterations=800)
 LDM = dict(width=128, mult=(1, 2, 4), blocks=2, batch_size=12, lr=1e-4)
 PRESETS = dict.fromkeys(data.SIZES, LDM) | dict(shapes=DEMO, folder=LDM | dict(image_size=128))
 

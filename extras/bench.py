@@ -29,7 +29,7 @@ import data
 import ddm
 import pixel_aware
 import unet
-from extras import fd, figures, task_data, tasks
+from extras import fd, figures, latent, task_data, tasks
 
 SMALL = dict(width=32, mult=(1, 2, 2), blocks=1, attention=(8,), size=16, dropout=0.0)
 NETWORKS = {
@@ -281,10 +281,26 @@ def training_memory(train, run):
         return 5 * size, sum(storage.nbytes() for storage in kept - weights)
 
 
+class Latents:
+    """Stands in for a first stage with f = 4 and three channels."""
+
+    factor = 4
+    latent = 3
+    facts = dict(factor=4)
+
+    def measure(self, x):
+        """Nothing."""
+
+    def encode(self, x):
+        """Zeros."""
+        return x.new_zeros(len(x), 3, x.shape[2] // 4, x.shape[3] // 4)
+
+
 def paper_runs():
-    """(name, train, run) of each --preset paper of the scripts and of the tasks."""
+    """(name, train, run) of each --preset paper of the scripts, and in latents, as of the tasks."""
     scripts = [(script.__name__, script, script.PRESETS)
                for script in (ddm, blurring, angular, pixel_aware)]
+    scripts.append(("latent", latent, latent.PRESETS))
     of_tasks = [(task, tasks, tasks.presets(task)) for task in task_data.TARGETS]
     for name, module, presets in scripts + of_tasks:
         rows = module.FLAGS | unet.FLAGS
@@ -295,7 +311,12 @@ def paper_runs():
                 argv = [*flags.split(), os.devnull]           # a run that is not there
                 run = data.open_run(name, "", rows, module.SAMPLING, presets, argv)
                 run.settings.pretrained = False
-                yield f"{name} {dataset}", module.train, run
+                train = module.train
+                if module is latent:
+                    train = functools.partial(train, stage=Latents())
+                elif module is tasks:
+                    run.stage = Latents() if run.settings.autoencoder else None
+                yield f"{name} {dataset}", train, run
 
 
 def memory():

@@ -87,8 +87,9 @@ def write_samples(run, stage):
 FLAGS = ddm.FLAGS | unet.FLAGS | dict(
     autoencoder=("", "the first stage: a run of extras.autoencoder, by default the dataset's, or "
                      "an autoencoder of diffusers", None))
+SAMPLING = ddm.SAMPLING
 LATENT = dict(width=128, mult=(1, 2, 2, 2), attention=(16, 8), sigma_data=1.0)
-DEMO = dict(image_size=64, second="conv", sigma_data=1.0)
+DEMO = dict(image_size=64, second="conv", sigma_data=1.0, iterations=500)
 PRESETS = dict.fromkeys(data.SIZES, LATENT) | dict(
     {"paper celebahq": ddm.PRESETS["paper celebahq"]}, shapes=DEMO)
 
@@ -112,7 +113,7 @@ def check(run):
 @data.command
 def main(argv=None):
     """The command line. Exits as the scripts do."""
-    run = data.open_run("latent", __doc__, FLAGS, ddm.SAMPLING, PRESETS, argv)
+    run = data.open_run("latent", __doc__, FLAGS, SAMPLING, PRESETS, argv)
     with data.refusals():
         stage = check(run)
     if run.args.train:

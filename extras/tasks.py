@@ -227,9 +227,9 @@ def train(run):
     pairs = task_data.load_pairs(run)
     channels = len(pairs[0]) - bool(TARGETS[s.script])
     if run.stage and not run.checkpoint:
-        g = torch.Generator(run.device).manual_seed(data.seed("batch", s.seed))
+        g = torch.Generator().manual_seed(data.seed("batch", s.seed))
         some = example(s.script, *task_data.batch(pairs, s.script, s.image_size, 64, g))
-        run.stage.measure(finish(s.script, *some))
+        run.stage.measure(finish(s.script, *some).to(run.device))
     build = functools.partial(TaskUNet, pretrained=s.pretrained and not run.checkpoint)
     net, ema = run.networks(build, network(s, channels, run.stage))
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, fused=True)
