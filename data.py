@@ -668,7 +668,7 @@ def open_run(script, doc, flags, sampling, presets, argv=None):
     chosen = {name: tuple(value) if isinstance(value, list) else value
               for name, value in given.items() if name in settings}
     if args.preset:
-        with refusals("there is no preset of the"):
+        with refusals("there is no preset"):
             chosen = presets[f"paper {dataset}"] | chosen
     if saved and (saved.keys() != settings.keys() or saved["script"] != script):
         raise Problem(f"{directory} is no run of this {script}: choose another --run")

@@ -433,7 +433,7 @@ def test_what_is_measured_was_not_trained_on(few, capsys):
     (latent, "--train --clip --sample", "no --clip"),
     (latent, "--train --h sine --no-precondition", "no --h sine"),
     (latent, "--train --autoencoder runs/none", "there is no first stage in runs/none"),
-    (latent, "--train --dataset lsun-church --preset paper", "the paper has no sizes")])
+    (latent, "--train --dataset lsun-church --preset paper", "there is no preset")])
 def test_wrong_flags_are_sentences(module, flags, words, few, capsys):
     """Before anything is trained. Catches a traceback, and a flag that is silently ignored."""
     assert words in call(module, capsys, *flags.split(), *CPU, status=2)
