@@ -38,7 +38,7 @@ import unet
 # --------------------------------------------------------------------------------------- 1 schedule
 
 HALF_PI = math.pi / 2
-SCHEDULES = ("angular", "linear", "jsd")
+SCHEDULES = ("angular", "linear")
 
 
 def like_image(t):
@@ -47,28 +47,20 @@ def like_image(t):
 
 
 def alpha_bar(i, T=1000, schedule="angular"):
-    """ᾱ_i = cos²η_i in float64. i: a tensor of whole numbers 0 ... T. schedule: one of SCHEDULES."""
+    """ᾱ_i = cos²η_i in float64. i: a tensor of whole numbers 0 ... T."""
     if schedule == "angular":
         return torch.sin(HALF_PI * (T - i.double()) / T) ** 2                # exactly 0 at i = T
-    if schedule == "jsd":
-        return 1 - i.double() / T
     betas = beta(torch.arange(1, T + 1, device=i.device), T, "linear")
     return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])[i]
 
 
 def beta(i, T=1000, schedule="angular"):
-    """β_i = 1 - ᾱ_i/ᾱ_{i-1} in float64. i: a tensor of whole numbers 1 ... T.
-
-    linear: DDPM's. jsd, of Sohl-Dickstein et al. (2015): the paper prints 1/t, which leaves no image
-    after the first step; 1/(T - t + 1) makes ᾱ fall evenly.
-    """
+    """β_i = 1 - ᾱ_i/ᾱ_{i-1} in float64; linear: DDPM's. i: a tensor of whole numbers 1 ... T."""
     i = i.double()
     if schedule == "angular":
         h = HALF_PI / T                                       # sin²a - sin²b keeps its digits so
         betas = torch.sin((2 * i - 1) * h) * math.sin(h) / torch.sin((T - i + 1) * h) ** 2
         return betas.clamp(max=1)
-    if schedule == "jsd":
-        return 1 / (T - i + 1)
     return 1e-4 + (0.02 - 1e-4) * (i - 1) / max(1, T - 1)
 
 
@@ -212,35 +204,35 @@ def ancestral_step(x, x0, eta, s, z):
 
 
 def flow_time(eta):
-    """τ = noise/(image + noise) at the angle eta: 0 is the image, 1 the noise."""
+    """Flow matching's time at the angle eta: x/(cos η + sin η) goes along it straight to ε."""
     return math.sin(eta) / (math.sin(eta) + math.cos(eta))
 
 
-def multistep(history, s):
-    """What a first-order step from flow time t0 to s lacks, of y = x/(cos η + sin η).
+def multistep(history, end):
+    """What is added to a first-order step that ends at the flow time `end`: in x/(cos η + sin η).
 
-    history: (τ, x̂₀) of this call, t0's, and of one or two before. Along flow time, dy/dτ is
-    (y - x̂₀)/τ, with a line or a parabola through the history for x̂₀ (docs/ddm.md).
+    history: (flow time, x̂₀) of two or three calls, the newest first. Along the flow time τ, with
+    y = x/(cos η + sin η), dy/dτ = (y - x̂₀)/τ. A step of first order holds x̂₀. Here it follows a
+    line through two calls, or a parabola through three; the integral is closed (docs/ddm.md).
     """
-    (t0, x0), (t1, x1), *older = history
-    log = s * math.log(t0 / s) if s else 0.0
-    slope = (x0 - x1) / (t0 - t1)
-    gain = slope * (log - (t0 - s))
-    if older and s:                                           # the last step is of second order
-        (t2, x2), = older
-        bend = (slope - (x1 - x2) / (t1 - t2)) / (t0 - t2)
-        gain = gain + bend * ((t0 - s) * (t1 + s) - (t0 + t1) * log)
+    (tau0, x0), (tau1, x1), *older = history
+    log = end * math.log(tau0 / end) if end else 0.0
+    slope = (x0 - x1) / (tau0 - tau1)
+    gain = slope * (log - (tau0 - end))
+    if older and end:                                         # for the last step a line is better
+        (tau2, x2), = older
+        bend = (slope - (x1 - x2) / (tau1 - tau2)) / (tau0 - tau2)
+        gain = gain + bend * ((tau0 - end) * (tau1 + end) - (tau0 + tau1) * log)
     return gain
 
 
 @torch.no_grad()
 def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=None, *,
          schedule="angular", start=1.0, last=None):
-    """From noise to image by net(x, t) -> (x̂₀, ε̂). Yields (t, x, x̂₀) for every call, and at last
-    (0, image, image).
+    """Noise to image, by net(x, t) -> (x̂₀, ε̂). Yields a call's (t, x, x̂₀); last (0, image, image).
 
     solver: euler (the paper's), midpoint, heun, rk4; ddim, along the circle; ddim2 and ddim3, the
-    same of higher order as soon as there are calls enough; cold, which makes ε̂ of x̂₀; ddpm, stochastic. heads:
+    same with a memory of one or two calls; cold, which makes ε̂ of x̂₀; ddpm, stochastic. heads:
     project, so that they agree with x; or raw. clip: keep x̂₀ in [-1, 1], and make ε̂ of it. last:
     euler or midpoint, for the last step alone. generator: ddpm's, one or a list of B. ValueError.
     """
@@ -263,8 +255,7 @@ def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=
         return velocity(*look(x, eta), x.new_full((len(x),), eta))
 
     etas = angles(steps, schedule, start)
-    x = x1
-    history = []
+    x, history = x1, []
     for eta, s in zip(etas, etas[1:]):
         rule = last if last and s == 0 else solver
         if rule in RUNGE_KUTTA:
@@ -337,7 +328,7 @@ def draw_angles(n, schedule, generator):
 
 FLAGS = dict(
     predict=("both", "what the network is asked for", ("both", "x0", "eps")),
-    schedule=("angular", "of the angle: even, or DDPM's linear β", ("angular", "linear")),
+    schedule=("angular", "of the angle: even, or DDPM's linear β", SCHEDULES),
     velocity_weight=(1.0, "γ, the weight of the velocity's loss, for both outputs", (0, 1000)),
     norm=("l2", "of the errors: squared, or rms, as printed", ("l2", "rms")),
     second=("decoder", "what makes the second output", ("decoder", "conv")))
@@ -368,8 +359,7 @@ def sampler(run):
     last = args.last or None
     check_solver(args.solver, args.heads, last)
     if s.predict == "x0" and args.solver in ("heun", "rk4") and not last:
-        raise ValueError(f"{args.solver} ends at η = 0, where a network that names x0 alone cannot "
-                         f"tell the noise: add --last midpoint")
+        raise ValueError(f"{args.solver} ends at η = 0, where x0 tells no ε: add --last midpoint")
     endless = s.predict == "eps" and s.schedule == "angular"  # its x̂₀ at π/2 would be infinite
     start = 0.999 if endless else 1.0
     angles(args.steps, s.schedule, start)

@@ -15,14 +15,14 @@ known in closed form. So one formula goes back by any step s, and ten network ca
     t       t             [B]             time in [0, 1]; the network sees none below δ = delta
     s       s             [B]             a step back in time, from t to r = t - s
     x_t     xt            [B, C, H, W]    x₀ + H_t + √t ε
-    φ       phi           [B, K·C, H, W]  the attenuation's parameters; with constant h_t, φ = -x₀
+    φ       phi           [B, K·C, H, W]  parameters of h_t; if it is constant, K = 1 and φ = -x₀
     H_t     H             [B, C, H, W]    ∫₀ᵗ h_t dt: 0 at t = 0, -x₀ at t = 1
     λ₁, λ₂  loss_weights  [B]             weights of the two losses
 
-Five choices here are not the paper's. Each has a flag that undoes it, and docs/ddm.md says what it
-measured: training times that are dense near t = 0 (--time-power 1), preconditioned outputs
-(--no-precondition), outputs made to agree with x_t (--heads raw), a third-order solver (--solver
-ddm is Algorithm 2), and small steps near t = 0 (--grid uniform).
+Five choices here are not the paper's. A flag undoes each, and docs/ddm.md says what was measured:
+training times dense near t = 0 (--time-power 1), preconditioned outputs (--no-precondition),
+outputs made to agree with x_t (--heads raw), a third-order solver (--solver ddm is Algorithm 2),
+and small steps near t = 0 (--grid uniform).
 """
 
 import math
@@ -64,13 +64,16 @@ def std(t, noise="sqrt"):
 
 
 def flow_time(t, noise="sqrt"):
-    """τ = noise/(image + noise) at t: 0 is the image, 1 the noise. For h_t constant."""
+    """τ = n/(1 - t + n), where x_t has 1 - t of the image and n of the noise. For h_t constant.
+
+    It is flow matching's time: x_t/(1 - t + n) goes straight from x₀ to ε as τ goes from 0 to 1.
+    """
     n = t ** 0.5 if noise == "sqrt" else t
     return n / (1 - t + n)
 
 
 def at_flow_time(tau):
-    """The t whose flow time is tau, with the noise √t."""
+    """The t whose flow time is tau > 0. With the noise n = √t, tau (1 - n² + n) = n gives n."""
     n = (math.sqrt((1 - tau) ** 2 + 4 * tau ** 2) - (1 - tau)) / (2 * tau)
     return n ** 2
 
@@ -86,7 +89,7 @@ def times(steps, grid="flow", delta=1e-3):
     """
     if grid not in GRIDS:
         raise ValueError(f"there is no grid {grid}")
-    last = max(delta if grid == "uniform" else delta ** 0.5, 1 / steps)
+    last = max(delta if grid == "uniform" else delta ** 0.5, 1 / steps)    # where u stops
     gap = (1 - last) / max(1, steps - 1)
     even = [1 - i * gap for i in range(steps)]
     return [max(GRIDS[grid](u), delta) for u in even] + [0.0]
@@ -114,11 +117,9 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
     ε follows by Eq. 20. For the other way see `preconditioned`. Raises ValueError.
     """
     if precondition and h != "constant":
-        raise ValueError(f"preconditioned outputs are for the constant attenuation: with --h {h} "
-                         f"add --no-precondition")
+        raise ValueError(f"preconditioned outputs are not for --h {h}: add --no-precondition")
     if predict == "eps" and not precondition:
-        raise ValueError("a network that names ε alone has an image of 0/0 at t = 1 unless it is "
-                         "preconditioned: add --precondition")
+        raise ValueError("of ε alone, the image at t = 1 would be 0/0: add --precondition")
 
     def model(x, t):
         keep = like_image(1 - t)
@@ -127,7 +128,7 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
         seen = x / V.sqrt() if precondition else x
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             outputs = net(seen, t)
-        first, last = outputs[0].to(x.dtype), outputs[-1].to(x.dtype)
+        first, last = outputs[0].to(x.dtype), outputs[-1].to(x.dtype)        # one output is both
         if precondition:
             return preconditioned(x, first, last, keep, n, V, sigma_data)
         if predict == "x0":
@@ -138,9 +139,9 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
 
 
 def preconditioned(x, first, last, keep, n, V, sigma_data):
-    """EDM's outputs: each is the error of the best linear guess from x_t, divided by its size.
-
-    Both outputs then have one target, of variance 1. So a single output can serve as both.
+    """As in EDM (Karras et al. 2022): the best linear guesses of φ and ε from x_t, the first terms,
+    plus what the network knows better. Its two targets are one, of variance 1, if the images have
+    the deviation sigma_data. So a single output can serve as both.
     """
     phi = -keep * sigma_data ** 2 / V * x + sigma_data * n / V.sqrt() * first
     eps = n / V * x + keep * sigma_data / V.sqrt() * last
@@ -205,21 +206,21 @@ def ode_step(xt, phi, eps, t, r, h="constant", noise="sqrt"):
     return xt + H(phi, r, h) - H(phi, t, h) + growth * eps
 
 
-def multistep(history, s):
-    """What a first-order step from flow time t0 to s lacks, of y = x/(image + noise).
+def multistep(history, end):
+    """What is added to a first-order step that ends at the flow time `end`: in x/(image + noise).
 
-    history: (τ, x̂₀) of this call, t0's, and of one or two before. Along flow time, y moves in a
-    straight line from x₀ to ε, so dy/dτ = (y - x̂₀)/τ. With a line, or a parabola, through the
-    history in x̂₀'s place, the integral is closed (docs/ddm.md).
+    history: (flow time, x̂₀) of two or three calls, the newest first. Along the flow time τ, with
+    y = x/(image + noise), dy/dτ = (y - x̂₀)/τ. A step of first order holds x̂₀. Here it follows a
+    line through two calls, or a parabola through three; the integral is closed (docs/ddm.md).
     """
-    (t0, x0), (t1, x1), *older = history
-    log = s * math.log(t0 / s) if s else 0.0
-    slope = (x0 - x1) / (t0 - t1)
-    gain = slope * (log - (t0 - s))
-    if older and s:                                           # the last step is of second order
-        (t2, x2), = older
-        bend = (slope - (x1 - x2) / (t1 - t2)) / (t0 - t2)
-        gain = gain + bend * ((t0 - s) * (t1 + s) - (t0 + t1) * log)
+    (tau0, x0), (tau1, x1), *older = history
+    log = end * math.log(tau0 / end) if end else 0.0
+    slope = (x0 - x1) / (tau0 - tau1)
+    gain = slope * (log - (tau0 - end))
+    if older and end:                                         # for the last step a line is better
+        (tau2, x2), = older
+        bend = (slope - (x1 - x2) / (tau1 - tau2)) / (tau0 - tau2)
+        gain = gain + bend * ((tau0 - end) * (tau1 + end) - (tau0 + tau1) * log)
     return gain
 
 
@@ -249,8 +250,7 @@ def walk(net, x1, steps, solver="ddm", grid="flow", clip=False, generator=None, 
     heads = heads or ("raw" if solver == "ddm" else "project")
     check_solver(solver, heads, h, clip)
     ts = times(steps, grid, delta)
-    x = x1
-    history = []
+    x, history = x1, []
     for t, r in zip(ts, ts[1:]):
         t_ = x.new_full((len(x),), t)
         r_ = x.new_full((len(x),), r)
@@ -300,10 +300,10 @@ def train(run):
     model = predictor(run.parallel(net), **meaning(s), bf16=run.bf16)
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
-        x0 = SCALE.get(s.h, 1) * data.batch(images, s.batch_size, g)
+        x0 = SCALE.get(s.h, 1) * data.batch(images, s.batch_size, g)           # section 7
         t = draw_times(len(x0), s.time_power, g)                               # Alg. 1, line 3
         eps = torch.randn(x0.shape, generator=g, device=g.device)
-        phi = draw_phi(x0, s.h, g)                                             # Alg. 1, line 3
+        phi = draw_phi(x0, s.h, g)
         x0, phi, eps, t = run.share(x0, phi, eps, t)          # this process's part of the batch
 
         losses = loss(model, x0, phi, eps, t, s.h, s.noise, s.predict, s.weights, s.norm)
@@ -432,14 +432,14 @@ def expm1_over(a, t):
 
 
 def draw_other_phi(x0, h, generator=None):
-    """φ with x₀ + H₁ = 0. The free a and b are drawn from N(0, 1), as ADM's Sec. V-A has it.
+    """φ with x₀ + H₁ = 0. a and b are drawn from N(0, 1), as ADM's Sec. V-A has it; c follows.
 
-    No network can learn a drawn a: x_t explains at most 1/28 of its variance in a t + c.
+    No network can learn which a was drawn: x_t explains at most 1/28 of its variance in a t + c.
     """
     if h == "sine":
         return -x0.sign() * solve_sine(x0.abs())
     free = [data.randn(x0, generator) for _ in range(ATTENUATIONS[h] - 1)]
-    without_c = torch.cat([*free, 0 * x0], dim=1)
+    without_c = torch.cat([*free, 0 * x0], dim=1)             # c is what this lacks, for ∫₀¹ c = c
     return torch.cat([*free, image_of(without_c, h) - x0], dim=1)
 
 

@@ -684,13 +684,12 @@ def ddpm(T=1000):
 
 @pytest.mark.parametrize("T", (1, 4, 1000))
 def test_angular_betas_multiply_to_alpha_bar(T):
-    """ᾱ_i = Π (1 - β) from ᾱ_0 = 1 (Eq. 3). Catches swapped ends, and JSD's β = 1/t, as printed."""
+    """ᾱ_i = Π (1 - β) from ᾱ_0 = 1 (Eq. 3). Catches swapped ends, and β_0 for β_1."""
     i = torch.arange(T + 1)
     even = i.double() / T
     curves = dict(
         angular=(HALF_PI * even).cos() ** 2,
-        linear=ddpm(T),
-        jsd=1 - even)
+        linear=ddpm(T))
     for schedule, curve in curves.items():
         betas = angular.beta(i[1:], T, schedule)
         close(angular.alpha_bar(i, T, schedule), curve)

@@ -189,10 +189,16 @@ def solvers(argv, directory):
 
 
 def schedules(argv):
-    """Angular's Figures 2 and 3: β_t and ᾱ_t of three schedules."""
+    """Angular's Figures 2 and 3: β_t and ᾱ_t of three schedules.
+
+    The third is JSD, of Sohl-Dickstein et al. (2015), with β_t = 1/(T - t + 1), so that ᾱ falls
+    evenly. The paper prints 1/t, which leaves no image after the first step.
+    """
     i = torch.arange(1, 1001)
     betas = {name: angular.beta(i, 1000, name) for name in angular.SCHEDULES}
     kept = {name: angular.alpha_bar(i, 1000, name) for name in angular.SCHEDULES}
+    betas["jsd"] = 1 / (1001 - i.double())
+    kept["jsd"] = 1 - i.double() / 1000
     write_curves(
         (HOME / "beta", "β_t", {"t": i, **betas, "jsd as printed, 1/t": 1 / i}, "log"),
         (HOME / "alpha_bar", "ᾱ_t", {"t": i, **kept}, "linear"))

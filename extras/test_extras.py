@@ -230,7 +230,9 @@ def test_solvers_show_what_sampling_draws(script, cli):
 
 
 def test_curves_are_written_without_matplotlib_and_drawn_with_it(cli, monkeypatch):
-    """Figures 2 and 3. Catches a CSV that needs the picture, and a curve that is not drawn."""
+    """Figures 2 and 3. Catches a CSV that needs the picture, a curve that is not drawn, and
+    JSD's β = 1/t, as printed.
+    """
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     assert "pip install matplotlib" in cli(figures, "schedules", status=1)
@@ -241,6 +243,9 @@ def test_curves_are_written_without_matplotlib_and_drawn_with_it(cli, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib.figure", library)
     cli(figures, "schedules")
     assert str(library.mock_calls).count("errorbar(") == 4 + 3
+    kept = table("runs/figures/alpha_bar.csv")
+    for name in ("angular", "linear", "jsd"):                 # ᾱ is the product of 1 - β
+        close(np.cumprod(1 - beta[name]), kept[name], atol=1e-4)
 
 
 def test_errors_compare_runs_on_the_same_images(cli):
