@@ -66,9 +66,8 @@ def beta(i, T=1000, schedule="angular"):
 
 @functools.lru_cache(maxsize=None)
 def angles(steps, schedule="angular", start=1.0, T=1000):
-    """The sampler's angles: `steps` of them, and a last 0. Raises ValueError.
-
-    They are even from `start` (a part of π/2); or, of another schedule, at even i of its T.
+    """The sampler's angles: `steps` of them, and a last 0. They are even from `start` (a part of
+    π/2); or, of another schedule, at even i of its T. Raises ValueError.
     """
     if schedule not in SCHEDULES or not 0 < start <= 1 or steps < 1:
         raise ValueError(f"there are no {steps} angles of the schedule {schedule} from {start}")
@@ -90,9 +89,8 @@ def diffuse(x0, eps, eta):
 
 
 def velocity(x0, eps, eta):
-    """dx/dη: ε at η = 0, and -x₀ at π/2. It is v-prediction's target.
-
-    The paper's is d/dt, η' times this: a step multiplies by h here, by Δt there, never by both.
+    """dx/dη, the target of v-prediction: ε at η = 0, and -x₀ at π/2. The paper's is d/dt, η' times
+    this: a step multiplies by h here, by Δt there, never by both.
     """
     eta = like_image(eta)
     return -eta.sin() * x0 + eta.cos() * eps                                           # Eq. 10, 11
@@ -111,7 +109,8 @@ def predictor(net, predict="both", bf16=False):
         eta = HALF_PI * like_image(t)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             outputs = net(x, t)
-        first, last = outputs[0].to(x.dtype), outputs[-1].to(x.dtype)
+        first = outputs[0].to(x.dtype)
+        last = outputs[-1].to(x.dtype)                        # the first again, if there is one
         if predict == "x0":
             return first, (x - eta.cos() * first) / eta.sin()                          # Eq. 8
         if predict == "eps":
@@ -229,7 +228,7 @@ def multistep(history, end):
 @torch.no_grad()
 def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=None, *,
          schedule="angular", start=1.0, last=None):
-    """Noise to image, by net(x, t) -> (x̂₀, ε̂). Yields a call's (t, x, x̂₀); last (0, image, image).
+    """Noise to image, by net(x, t) -> (x̂₀, ε̂). Yields (t, x, x̂₀) a call; last (0, image, image).
 
     solver: euler (the paper's), midpoint, heun, rk4; ddim, along the circle; ddim2 and ddim3, the
     same with a memory of one or two calls; cold, which makes ε̂ of x̂₀; ddpm, stochastic. heads:
@@ -255,7 +254,8 @@ def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=
         return velocity(*look(x, eta), x.new_full((len(x),), eta))
 
     etas = angles(steps, schedule, start)
-    x, history = x1, []
+    x = x1
+    history = []
     for eta, s in zip(etas, etas[1:]):
         rule = last if last and s == 0 else solver
         if rule in RUNGE_KUTTA:

@@ -128,7 +128,8 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
         seen = x / V.sqrt() if precondition else x
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             outputs = net(seen, t)
-        first, last = outputs[0].to(x.dtype), outputs[-1].to(x.dtype)        # one output is both
+        first = outputs[0].to(x.dtype)
+        last = outputs[-1].to(x.dtype)                        # the first again, if there is one
         if precondition:
             return preconditioned(x, first, last, keep, n, V, sigma_data)
         if predict == "x0":
@@ -139,9 +140,8 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
 
 
 def preconditioned(x, first, last, keep, n, V, sigma_data):
-    """As in EDM (Karras et al. 2022): the best linear guesses of φ and ε from x_t, the first terms,
-    plus what the network knows better. Its two targets are one, of variance 1, if the images have
-    the deviation sigma_data. So a single output can serve as both.
+    """As in EDM (Karras et al. 2022): the best linear guesses from x_t, and what the network adds.
+    For images of the deviation sigma_data both targets are one, of variance 1: one output will do.
     """
     phi = -keep * sigma_data ** 2 / V * x + sigma_data * n / V.sqrt() * first
     eps = n / V * x + keep * sigma_data / V.sqrt() * last
@@ -225,9 +225,8 @@ def multistep(history, end):
 
 
 def project(xt, phi, eps, t, h="constant", noise="sqrt"):
-    """Outputs made to agree: x̂₀ + H_t + √t ε̂ should be x_t, and a trained network misses it.
-
-    The residual is taken out by the least change to both; for other attenuations, out of ε̂ alone.
+    """Outputs made to agree: x̂₀ + H_t + √t ε̂ should be x_t, and a trained network misses it. The
+    residual is taken out by the least change to both; for other attenuations, out of ε̂ alone.
     """
     if h != "constant":
         return phi, noise_of(xt, phi, t, h, noise)
@@ -250,7 +249,8 @@ def walk(net, x1, steps, solver="ddm", grid="flow", clip=False, generator=None, 
     heads = heads or ("raw" if solver == "ddm" else "project")
     check_solver(solver, heads, h, clip)
     ts = times(steps, grid, delta)
-    x, history = x1, []
+    x = x1
+    history = []
     for t, r in zip(ts, ts[1:]):
         t_ = x.new_full((len(x),), t)
         r_ = x.new_full((len(x),), r)
@@ -318,9 +318,8 @@ def train(run):
 
 
 def draw_times(n, power, generator, delta=1e-3):
-    """n training times [B] in [δ, 1]: t = u^power of even u. Power 1 is the paper's.
-
-    Of even t, 92 in 100 have a noise above .3 of the image, of u³ 58 in 100 (docs/ddm.md).
+    """n training times [B] in [δ, 1]: t = u^power of even u. Power 1 is the paper's: then 92 of 100
+    have a noise above .3 of the image. Power 3: 58 of 100 (docs/ddm.md).
     """
     u = torch.rand(n, generator=generator, device=generator.device)
     return delta + (1 - delta) * u ** power
@@ -381,7 +380,9 @@ def trained(run):
 
 def write_samples(run):
     """Pictures or single PNGs, drawn with the averaged weights."""
-    model, steps, options = trained(run), run.args.steps, sampler(run)
+    model = trained(run)
+    steps = run.args.steps
+    options = sampler(run)
     scale = SCALE.get(run.settings.h, 1)
 
     def walked(x1, generators):
@@ -432,9 +433,8 @@ def expm1_over(a, t):
 
 
 def draw_other_phi(x0, h, generator=None):
-    """φ with x₀ + H₁ = 0. a and b are drawn from N(0, 1), as ADM's Sec. V-A has it; c follows.
-
-    No network can learn which a was drawn: x_t explains at most 1/28 of its variance in a t + c.
+    """φ with x₀ + H₁ = 0: a and b are drawn from N(0, 1) (ADM, Sec. V-A), and c follows. No network
+    can learn which a was drawn: in a t + c, x_t explains at most 1/28 of its variance.
     """
     if h == "sine":
         return -x0.sign() * solve_sine(x0.abs())

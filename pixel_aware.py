@@ -20,9 +20,9 @@ both the noises of all T steps at once, by T small heads on one U-Net. No step b
     Z^j       Z               [B, T, C, H, W]  the heads' estimates of them: Z[:, j-1] is Z^j
 
 Algorithm 1 does not reconstruct an image, not even from its true noises: `reverse_walk` says why.
-The default goes by conditional means. The paper's choices are --solver literal, --grid uniform,
---predict eps, --scale delta, --vae denoising, --average heads and --heads-per-step 500.
-docs/pixel_aware.md says what each of them measured.
+The default goes by conditional means. The paper's choices are --solver literal (one sign of line 9
+mended), --grid uniform, --predict eps, --scale delta, --vae denoising, --average heads and
+--heads-per-step 500. docs/pixel_aware.md says what each of them measured.
 """
 
 import math

@@ -240,7 +240,8 @@ def test_image_i_is_a_function_of_its_own_seed(script, solver):
     (script, *rule) for script, rules in ORDERS.items() for rule in rules.items()])
 def test_deterministic_solvers_have_their_order(script, solver, order):
     """The ODE of a 1-D mixture keeps quantiles: its end is known. (h² ln 1/h is a little less than
-    2, and the third order, which begins and ends with a lower one, is 2 in the end.) Catches a wrong step, stage or history, which still look right at 10 steps.
+    2, and the third order, which begins and ends with a lower one, is 2 in the end.) Catches a
+    wrong step, stage or history, which still look right at 10 steps.
     """
     for noise in ("sqrt", "linear") if script is ddm else (None,):
         options = dict(noise=noise, delta=1e-9) if noise else {}
@@ -532,7 +533,7 @@ def test_blurring_is_a_gaussian_blur_in_pixels(sigma):
 
 
 def test_blurring_times_are_the_papers_or_dense_near_the_image():
-    """T, T - 1/T, ..., 1/T and 0; or u^1.75 of these: (1/4)^1.75 = 2^-3.5. Catches a time missed."""
+    """T, T - 1/T, ..., 1/T and 0; or u^1.75 of these: (1/4)^1.75 = 2^-3.5. Catches a time less."""
     close(blurring.times(4), [1, 0.75, 0.5, 0.25, 0])
     close(blurring.times(4, "dense"), [1, 0.75 ** 1.75, 0.5 ** 1.75, 2 ** -3.5, 0])
 

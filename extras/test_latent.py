@@ -308,7 +308,7 @@ def test_swin_meets_the_levels_of_its_strides(factor, levels):
 # ------------------------------------------------------------------------------------------- memory
 
 def test_the_papers_presets_fit_one_gpu_in_latents(monkeypatch, capsys):
-    """By the count of `bench --memory`: a sixteenth of the pixels takes about a tenth of the memory.
+    """By the count of `bench --memory`: a sixteenth of the pixels takes a tenth of the memory.
     Catches a preset in pixels, attention where it costs most, and a network of another size.
     """
     in_latents = {"latent", *task_data.TARGETS}
