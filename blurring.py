@@ -1,23 +1,27 @@
 """Blurring Diffusion Models: blur and noise arrive together, each frequency on its own schedule.
 
-Blurring an image by heat dissipation shrinks the coefficients of its cosine transform, the high
-frequencies first. Hoogeboom and Salimans (2022) saw that this is Gaussian diffusion with a schedule
-for every frequency. In the basis V of the cosine transform the process is diagonal. So everything
-of denoising diffusion (its Markov chain, its posterior, its loss on the noise) holds coefficient by
-coefficient. Their model joins a cosine noise schedule to a blur that grows from none to σ_B,max
-pixels. The network sees and answers in pixels; only the schedules live in frequency space.
+Ordinary noise treats all details of an image alike. Blur does not: as heat spreads, the high
+frequencies (fine detail) fade first and the low ones last, so that the way back goes from coarse to
+fine. Inverse heat dissipation (IHDM) blurred an image and added a little noise. Hoogeboom and
+Salimans (2022) saw that this is Gaussian diffusion. In the basis of the cosine transform, blur
+multiplies each coefficient by a number, and noise stays noise. So each coefficient is a diffusion
+of its own, with its own schedule; what counts is its signal over its noise. All formulas of
+diffusion hold for each coefficient. One of them shows what IHDM lacked: the step back has a
+variance for every frequency, and IHDM had one for all. The paper's model joins a cosine noise
+schedule to a blur that grows from none to σ_B,max pixels. The network sees and answers in pixels.
 
     python blurring.py --train                       embedded shapes, minutes on two CPU cores
     python blurring.py --train --dataset cifar10     CIFAR-10, on a GPU
     python blurring.py --sample --solver ancestral   Algorithm 1, in 1000 steps
 
-    x        x0          [B, C, H, W]    the image, in [-1, 1]
-    ε        eps         [B, C, H, W]    the noise, N(0, I)
+    x, x̂₀    x0          [B, C, H, W]    the image, in [-1, 1], and the network's guess of it
+    ε, ε̂     eps, eps_hat [B, C, H, W]   the noise, N(0, I), and the guess
+    v        v           [B, C, H, W]    a ε - σ x, what the network is asked for by default
     t, s     t, s        [B]             times in [0, 1], with s < t
     z_t      z, zt       [B, C, H, W]    the blurred and noisy image, in pixels
     Vᵀ, V    dct, idct                   the orthonormal cosine transform and its inverse
     u_t      ut          [B, C, H, W]    Vᵀ z_t; likewise ux = Vᵀ x and u_eps = Vᵀ ε
-    λ        frequencies [H, W]          squared frequency: how fast heat dissipation damps it
+    λ        frequencies [H, W]          squared frequencies; a coefficient fades as e^(-λ σ²_B/2)
     σ_B,t    sigma_blur  [B]             the blur's standard deviation in pixels
     d_t      d           [B, 1, H, W]    what the blur leaves of a coefficient, in [d_min, 1]
     a_t      a           [B, 1, 1, 1]    the noise schedule's signal, about cos(π t / 2)
@@ -25,9 +29,9 @@ pixels. The network sees and answers in pixels; only the schedules live in frequ
     σ_t      sigma       [B, 1, 1, 1]    the noise, the same for all frequencies
     α_t|s    alpha_ts    [B, 1, H, W]    the transition from s to t, of variance σ²_t|s = sigma2_ts
 
-Three choices here are not the paper's. Each has a flag that undoes it, and docs/blurring.md says
-what it measured: the network names v (--predict eps), x̂₀ is kept in [-1, 1] (--no-clip), and a
-second-order solver with few steps, small ones near t = 0 (--solver ancestral). Appendix A's
+Three choices here are not the paper's. The flag in brackets undoes each, and docs/blurring.md says
+what was measured: the network predicts v (--predict eps), x̂₀ is kept in [-1, 1] (--no-clip), and a
+second-order solver takes few steps, small ones near t = 0 (--solver ancestral). Appendix A's
 pseudo-code does not run as printed; each correction stands beside its line.
 """
 
@@ -87,8 +91,10 @@ def frequencies(size, like):
 
 
 def sigma_blur(t, sigma_blur_max=20.0, schedule="sin2"):
-    """σ_B,t [B] in pixels, from 0 at t = 0 to sigma_blur_max at t = 1. schedule: sin2 or sin."""
-    power = {"sin2": 2, "sin": 1}[schedule]                   # the paper's, and its Table 4's other
+    """σ_B,t [B] in pixels, from 0 at t = 0 to sigma_blur_max at t = 1. schedule: sin2; or sin: it
+    takes detail away before there is noise, and does worse (Table 4).
+    """
+    power = {"sin2": 2, "sin": 1}[schedule]
     return sigma_blur_max * torch.sin(math.pi * t / 2) ** power                        # Eq. 26
 
 
@@ -106,11 +112,12 @@ def noise_schedule(t):
 def alpha_sigma(t, size, sigma_blur_max=20.0, schedule="sin2", d_min=0.001):
     """(α_t [B, 1, H, W], σ_t [B, 1, 1, 1]): the signal left of each frequency, and the noise.
 
-    t: [B] in [0, 1]. size: S or (H, W). sigma_blur_max: in pixels, 0 for no blur. The last three
-    arguments are those that the functions below take as `blur`.
+    t: [B] in [0, 1]. size: S or (H, W). sigma_blur_max: in pixels, 0 for no blur. d_min: keeps d
+    from 0, because the way back divides by α, and so magnifies errors in fine detail. The last
+    three arguments are those that the functions below take as `blur`.
     """
-    width = sigma_blur(t, sigma_blur_max, schedule)
-    tau = like_image(width) ** 2 / 2                          # Appendix A has σ_t², wrongly
+    blurred = like_image(sigma_blur(t, sigma_blur_max, schedule))
+    tau = blurred ** 2 / 2                                    # Appendix A has σ_t², wrongly
     d = (1 - d_min) * torch.exp(-frequencies(size, t) * tau) + d_min                   # Eq. 27
     a, sigma = noise_schedule(t)
     return a * d, sigma                                                                # Eq. 28
@@ -129,7 +136,7 @@ def transition(t, s, size, **blur):
     alpha_t, sigma_t = alpha_sigma(t, size, **blur)
     alpha_s, sigma_s = alpha_sigma(s, size, **blur)
     alpha_ts = alpha_t / alpha_s                                                       # Eq. 16
-    return alpha_ts, sigma_t ** 2 - alpha_ts ** 2 * sigma_s ** 2      # Eq. 16; A.1 has σ_s for σ_t
+    return alpha_ts, sigma_t ** 2 - alpha_ts ** 2 * sigma_s ** 2      # Eq. 16; A.1: σ_s², not σ_t²
 
 
 # ------------------------------------------------------------------------------------------- 3 loss
@@ -168,7 +175,7 @@ def loss(model, x0, eps, t, predict="v", **blur):
     """The loss of each example, [B]: the mean squared error of what was asked for, in pixels."""
     *x0_hat, eps_hat = model(diffuse(x0, eps, t, **blur), t)
     if predict == "eps":
-        error = eps_hat - eps                                 # Eq. 25, which prints x_t for x
+        error = eps_hat - eps                                 # Eq. 25, which prints x_t, not x
     elif predict == "x0":
         error = x0_hat[0] - x0
     else:
@@ -185,8 +192,8 @@ SOLVERS = {"ddim2": 20, "ddim": 50, "ancestral": 1000}        # and how many ste
 def posterior(ut, ux, t, s, **blur):
     """(mean, variance) of q(u_s | u_t, x) in frequency space, for s < t. t, s: [B] or [1].
 
-    This is Eq. 19 multiplied out, so that nothing is divided by σ_t|s. With x̂₀ in x's place it is
-    the model, Eq. 23, which prints a standard deviation where Eq. 18 has the variance.
+    This is Eq. 19, rearranged so that nothing is divided by σ_t|s. With x̂₀ in place of x it is the
+    model's step, Eq. 23, which prints a standard deviation where Eq. 18 has the variance.
     """
     size = ut.shape[-2:]
     alpha_ts, sigma2_ts = transition(t, s, size, **blur)
@@ -199,8 +206,8 @@ def posterior(ut, ux, t, s, **blur):
 def posterior_mean_from_noise(ut, u_eps, t, s, **blur):
     """The same mean from the noise: what Appendix A's `denoise` means to compute, in one line.
 
-    As printed, that needs a `diagonal_ts` which nothing defines (σ_t²/σ_s² would do), a parenthesis
-    around u_t - σ_t u_ε, and σ_t² in sigma2_ts. Its "+ delta" would add an error of 4e-4.
+    Its printed code uses a `diagonal_ts` that it never defines (σ_t²/σ_s² would do), lacks brackets
+    around u_t - σ_t u_ε, and takes σ_s² for σ_t² in sigma2_ts. Its "+ delta" is an error of 4e-4.
     """
     alpha_ts, sigma2_ts = transition(t, s, ut.shape[-2:], **blur)
     _, sigma_t = alpha_sigma(t, ut.shape[-2:], **blur)
@@ -208,22 +215,23 @@ def posterior_mean_from_noise(ut, u_eps, t, s, **blur):
 
 
 def ddim_step(ut, ux, t, s, eta=0.0, noise=0.0, **blur):
-    """From u_t to u_s, with the same marginals: from deterministic (eta 0) to the posterior (1)."""
+    """From u_t to u_s: deterministic (eta 0), or as random as the posterior (1), or in between."""
     size = ut.shape[-2:]
     alpha_t, sigma_t = alpha_sigma(t, size, **blur)
     alpha_s, sigma_s = alpha_sigma(s, size, **blur)
     _, variance = posterior(ut, ux, t, s, **blur)
     variance = eta ** 2 * variance
     u_eps = (ut - alpha_t * ux) / sigma_t                                              # Eq. 21
-    kept = (sigma_s ** 2 - variance).clamp(min=0).sqrt()
+    kept = (sigma_s ** 2 - variance).clamp(min=0).sqrt()      # with the fresh noise, σ_s in all
     return alpha_s * ux + kept * u_eps + variance.sqrt() * noise
 
 
 def second_order(t, s, size, **blur):
-    """What a slope dû_x/dt = 1 adds to the deterministic step from t to s: [1, 1, H, W].
+    """What is added to the deterministic step from t to s, if û_x changes by 1 a unit of time.
 
-    The deterministic path is d(u/σ) = u_x dρ with ρ = α/σ. So it is σ_s ∫ (r - t) dρ from t to s,
-    integrated by parts, and then by Gauss and Legendre's quadrature: ρ has no closed integral.
+    The step itself holds û_x. Its path is d(u/σ) = u_x dρ with ρ = α/σ. A change of r - t at the
+    time r adds σ_s ∫ (r - t) dρ from t to s. This is integrated by parts, and then numerically, by
+    Gauss and Legendre's rule, for ρ has no closed integral. -> [1, 1, H, W]
     """
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(32))
     alpha, sigma = alpha_sigma(t + (s - t) * (nodes + 1) / 2, size, **blur)
@@ -338,7 +346,7 @@ SAMPLING = dict(
     solver=("ddim2", "second order, first order, or Algorithm 1", tuple(SOLVERS)),
     grid=("", "even times, or dense near t = 0 (ddim2: dense; others: even)", tuple(GRIDS)),
     eta=(0.0, "how random ddim is: 1 is as random as Algorithm 1", (0, 1)),
-    clip=(None, "keep every x̂₀ in [-1, 1] (default: unless eps is named and there is blur)", None))
+    clip=(None, "keep every x̂₀ in [-1, 1] (default: unless --predict eps with blur)", None))
 PAPER = dict(predict="eps", blocks=3, dropout=0.2, ema=0.9999)                         # Table 5
 PRESETS = {
     "shapes": dict(sigma_blur_max=4.0, iterations=1700),      # more blur takes longer to learn
