@@ -2,10 +2,10 @@
 
 Zhang, Ehinger and Drummond (2023) write diffusion's mixture of image and noise as a rotation. At
 the angle η = 0 it is the image, at π/2 it is the noise, and the √ᾱ of older models is cos η. Its
-derivative dx/dη = -sin η x₀ + cos η ε is finite everywhere, while d/dᾱ is infinite at both ends.
+derivative dx/dη = -sin η x₀ + cos η ε is finite everywhere, while dx/dᾱ is infinite at both ends.
 So one may go back from noise to image by any solver of ordinary differential equations, from Euler
-to Runge and Kutta. One network names image and noise at once, because each is hard to get from the
-other at one end of the arc. Their combination dx/dη is the v of Salimans and Ho (2022).
+to Runge and Kutta. One network predicts image and noise at once: to get x₀ from ε, one divides by
+cos η, 0 at the noise; to get ε from x₀, by sin η, 0 at the image.
 
     python angular.py --train                        embedded shapes, minutes on two CPU cores
     python angular.py --train --dataset cifar10      CIFAR-10, an evening on a GPU
@@ -15,16 +15,15 @@ other at one end of the arc. Their combination dx/dη is the v of Salimans and H
     ε         eps         [B, C, H, W]   the noise, N(0, I)
     η_t       eta         [B] or number  the angle, in [0, π/2]; the network is told t = η/(π/2)
     x_t       x           [B, C, H, W]   cos η x₀ + sin η ε
-    ẋ         velocity    [B, C, H, W]   dx/dη. The paper's dx/dt is η' = π/(2T) times this
+    ẋ         velocity    [B, C, H, W]   dx/dη; the paper has dx/dt = η' dx/dη, with η' = π/(2T)
     R_θ, ε_θ  R, E        [B, C, H, W]   the network's two outputs, x̂₀ and ε̂
-    Δ_t       h           number         a step back, from eta to s = eta - h
+    η' Δ_t    h           number         a step back, from eta to s = eta - h
     t, T      i, T        whole numbers  the paper's times, i = 0 ... T, of the schedules alone
     ᾱ_t, β_t  alpha_bar, beta   float64  cos²η_t, and 1 - ᾱ_t/ᾱ_{t-1}
     γ         gamma       number         the weight of the velocity's loss (--velocity-weight)
 
-Two choices here are not the paper's. Each has a flag that undoes it, and docs/angular.md says what
-it measured: a third-order solver (--solver euler is the paper's), and outputs made to agree with x
-(--heads raw).
+Two choices here are not the paper's; the flag in brackets undoes each. They are a multistep solver
+(--solver euler), and outputs corrected to add up to x (--heads raw): docs/angular.md says why.
 """
 
 import functools
@@ -38,7 +37,7 @@ import unet
 # --------------------------------------------------------------------------------------- 1 schedule
 
 HALF_PI = math.pi / 2
-SCHEDULES = ("angular", "linear")
+SCHEDULES = ("angular", "linear")        # linear, DDPM's, spends three times the steps near noise
 
 
 def like_image(t):
@@ -66,8 +65,8 @@ def beta(i, T=1000, schedule="angular"):
 
 @functools.lru_cache(maxsize=None)
 def angles(steps, schedule="angular", start=1.0, T=1000):
-    """The sampler's angles: `steps` of them, and a last 0. They are even from `start` (a part of
-    π/2); or, of another schedule, at even i of its T. Raises ValueError.
+    """The sampler's angles: `steps` of them, and a last 0. They are evenly spaced, from `start` (a
+    part of π/2); or, of the linear schedule, at evenly spaced i. Raises ValueError.
     """
     if schedule not in SCHEDULES or not 0 < start <= 1 or steps < 1:
         raise ValueError(f"there are no {steps} angles of the schedule {schedule} from {start}")
@@ -89,8 +88,9 @@ def diffuse(x0, eps, eta):
 
 
 def velocity(x0, eps, eta):
-    """dx/dη, the target of v-prediction: ε at η = 0, and -x₀ at π/2. The paper's is d/dt, η' times
-    this: a step multiplies by h here, by Δt there, never by both.
+    """dx/dη, what v-prediction (Salimans and Ho, 2022) asks for: ε at η = 0, and -x₀ at π/2. So x₀
+    is cos η x - sin η ẋ, and ε is sin η x + cos η ẋ. (The paper's dx/dt has a factor η', and its
+    step Δ_t = h/η': their product is the same.)
     """
     eta = like_image(eta)
     return -eta.sin() * x0 + eta.cos() * eps                                           # Eq. 10, 11
@@ -101,8 +101,8 @@ def velocity(x0, eps, eta):
 def predictor(net, predict="both", bf16=False):
     """The one place where the network's outputs get their meaning: model(x, t) -> (x̂₀, ε̂).
 
-    predict: both; or "x0" or "eps" alone, from which the other follows. It does not follow from x₀
-    at η = 0, nor from ε at π/2, below which `walk` must then start (start=0.999).
+    predict: both; or "x0" or "eps" alone, from which the other follows: but not from x₀ at η = 0,
+    and not from ε at π/2, so there `walk` needs a start below it (start=0.999).
     """
 
     def model(x, t):
@@ -128,16 +128,16 @@ def distance(error, norm="l2"):
 
 
 def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="l2"):
-    """The loss of each example, [B]: of both outputs and γ times of their velocity, or of one.
+    """The loss of each example, [B]: |R - x₀|² + |E - ε|² + γ |error of the velocity|², or of one.
 
-    Of two outputs the squared errors add up to those of their velocity and of their residual
-    cos η R + sin η E - x. So the third term gives the velocity's error more weight, and no other.
+    The first two terms are the squared errors of the velocity and of cos η R + sin η E, which
+    should be x. So the third gives the velocity's error more weight, and changes nothing else.
     """
     R, E = model(diffuse(x0, eps, eta), eta / HALF_PI)
     if predict == "eps":
         return distance(E - eps, norm)                                                 # Eq. 5
     if predict == "x0":
-        return distance(R - x0, norm)                         # Eq. 7, in which R has no t
+        return distance(R - x0, norm)                         # Eq. 7, where R lacks its t
     error = velocity(R, E, eta) - velocity(x0, eps, eta)
     heads = distance(R - x0, norm) + distance(E - eps, norm)
     return heads + gamma * distance(error, norm)                                       # Eq. 12
@@ -146,7 +146,7 @@ def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="l2"):
 # ---------------------------------------------------------------------------------------- 4 sampler
 
 def euler(v, x, eta, h):
-    """One step from the angle eta to eta - h. v(x, eta): the network's velocity."""
+    """From the angle eta to eta - h, along the tangent. v(x, eta): the network's velocity."""
     return x - h * v(x, eta)                                                           # Eq. 13
 
 
@@ -203,16 +203,16 @@ def ancestral_step(x, x0, eta, s, z):
 
 
 def flow_time(eta):
-    """Flow matching's time at the angle eta: x/(cos η + sin η) goes along it straight to ε."""
+    """τ at the angle eta, for which x/(cos η + sin η) = (1 - τ) x₀ + τ ε, as in flow matching."""
     return math.sin(eta) / (math.sin(eta) + math.cos(eta))
 
 
 def multistep(history, end):
-    """What is added to a first-order step that ends at the flow time `end`: in x/(cos η + sin η).
+    """What a first-order step that ends at the flow time `end` lacks, for y = x/(cos η + sin η).
 
-    history: (flow time, x̂₀) of two or three calls, the newest first. Along the flow time τ, with
-    y = x/(cos η + sin η), dy/dτ = (y - x̂₀)/τ. A step of first order holds x̂₀. Here it follows a
-    line through two calls, or a parabola through three; the integral is closed (docs/ddm.md).
+    history: (flow time, x̂₀) of two or three calls, the newest first. Along the flow time τ the ODE
+    is dy/dτ = (y - x̂₀)/τ. A first-order step holds x̂₀ fixed. Here x̂₀ follows a line through two
+    calls, or a parabola through three; the integral has a closed form (docs/ddm.md).
     """
     (tau0, x0), (tau1, x1), *older = history
     log = end * math.log(tau0 / end) if end else 0.0
@@ -233,7 +233,7 @@ def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=
     solver: euler (the paper's), midpoint, heun, rk4; ddim, along the circle; ddim2 and ddim3, the
     same with a memory of one or two calls; cold, which makes ε̂ of x̂₀; ddpm, stochastic. heads:
     project, so that they agree with x; or raw. clip: keep x̂₀ in [-1, 1], and make ε̂ of it. last:
-    euler or midpoint, for the last step alone. generator: ddpm's, one or a list of B. ValueError.
+    euler or midpoint, for the last step alone. generator: ddpm's, one or a list of B.
     """
     check_solver(solver, heads, last)
     seen = []
@@ -316,7 +316,7 @@ def train(run):
 
 
 def draw_angles(n, schedule, generator):
-    """n training angles [B]: even in [0, π/2), or, of another schedule, any of its own."""
+    """n random training angles [B]: any in [0, π/2), or, of the linear schedule, one of its T."""
     u = torch.rand(n, generator=generator, device=generator.device)
     if schedule == "angular":
         return HALF_PI * u

@@ -1,10 +1,12 @@
 """Decoupled Diffusion Models: the image fades to zero while, independently, zero grows into noise.
 
 DDM (Huang et al. 2023), with its journal version ADM. Older models mix image and noise along one
-chain. DDM adds two processes. The image is attenuated by a known function, from x₀ at t = 0 to zero
-at t = 1; and a Wiener process √t ε grows from zero to N(0, I). One network names both parts of x_t:
-φ, the parameters of the attenuation, which are the image; and ε, the noise. The attenuation is
-known in closed form. So one formula goes back by any step s, and ten network calls draw an image.
+chain, and go back in many small steps. DDM adds two processes. The image is attenuated by a known
+function h_t, from x₀ at t = 0 to zero at t = 1; and a Wiener process √t ε grows from zero to noise.
+One network is taught both parts of x_t, not the noise alone: φ, the parameters of h_t, which give
+the image; and ε. The integral of h_t has a closed form, so one formula goes back by a step of any
+size s. A single step from t = 1 would do. But there x_t says nothing of the image, and so long a
+step adds no noise: its images are soft and all alike. Ten steps are better.
 
     python ddm.py --train                        embedded shapes, minutes on two CPU cores
     python ddm.py --train --dataset cifar10      CIFAR-10, an evening on a GPU
@@ -19,10 +21,10 @@ known in closed form. So one formula goes back by any step s, and ten network ca
     H_t     H             [B, C, H, W]    ∫₀ᵗ h_t dt: 0 at t = 0, -x₀ at t = 1
     λ₁, λ₂  loss_weights  [B]             weights of the two losses
 
-Five choices here are not the paper's. A flag undoes each, and docs/ddm.md says what was measured:
+A hat is a guess by the network. Five choices are not the paper's; the flag in brackets undoes each:
 training times dense near t = 0 (--time-power 1), preconditioned outputs (--no-precondition),
-outputs made to agree with x_t (--heads raw), a third-order solver (--solver ddm is Algorithm 2),
-and small steps near t = 0 (--grid uniform).
+outputs corrected to add up to x_t (--heads raw), a multistep solver (--solver ddm, Algorithm 2),
+and small steps near t = 0 (--grid uniform). docs/ddm.md says what each of them measured.
 """
 
 import math
@@ -83,8 +85,7 @@ GRIDS = {"flow": at_flow_time, "quadratic": lambda u: u ** 2, "uniform": lambda 
 
 def times(steps, grid="flow", delta=1e-3):
     """The sampler's times 1 = t₀ > t₁ > ... > 0. The network sees the first `steps`, none below δ.
-
-    grid: even steps of t ("uniform", Algorithm 2), of √t ("quadratic") or of flow time ("flow").
+    grid: equal steps of t ("uniform", Algorithm 2), of √t ("quadratic") or of flow time ("flow").
     The last two are small near t = 0, where √t is steep. Raises ValueError.
     """
     if grid not in GRIDS:
@@ -149,9 +150,8 @@ def preconditioned(x, first, last, keep, n, V, sigma_data):
 
 
 def loss_weights(t, kind="edm", noise="sqrt", delta=1e-3):
-    """(λ₁, λ₂), each [B]: the rows of ADM's Table V, of which "edm" is the paper's best.
-
-    "inverse" and "edm" are infinite at the ends: there t is kept δ away from 0 and 1.
+    """(λ₁, λ₂), each [B]: a row of ADM's Table V. Near t = 0 x_t shows the image, so its error is
+    small and λ₁ large; near t = 1 it is the noise's, and λ₂. (t is kept δ away from 0 and 1.)
     """
     if kind == "one":
         return torch.ones_like(t), torch.ones_like(t)
@@ -207,11 +207,11 @@ def ode_step(xt, phi, eps, t, r, h="constant", noise="sqrt"):
 
 
 def multistep(history, end):
-    """What is added to a first-order step that ends at the flow time `end`: in x/(image + noise).
+    """What a first-order step that ends at the flow time `end` lacks, for y = x/(image + noise).
 
-    history: (flow time, x̂₀) of two or three calls, the newest first. Along the flow time τ, with
-    y = x/(image + noise), dy/dτ = (y - x̂₀)/τ. A step of first order holds x̂₀. Here it follows a
-    line through two calls, or a parabola through three; the integral is closed (docs/ddm.md).
+    history: (flow time, x̂₀) of two or three calls, the newest first. Along the flow time τ the ODE
+    is dy/dτ = (y - x̂₀)/τ. A first-order step holds x̂₀ fixed. Here x̂₀ follows a line through two
+    calls, or a parabola through three; the integral has a closed form (docs/ddm.md).
     """
     (tau0, x0), (tau1, x1), *older = history
     log = end * math.log(tau0 / end) if end else 0.0
@@ -225,8 +225,8 @@ def multistep(history, end):
 
 
 def project(xt, phi, eps, t, h="constant", noise="sqrt"):
-    """Outputs made to agree: x̂₀ + H_t + √t ε̂ should be x_t, and a trained network misses it. The
-    residual is taken out by the least change to both; for other attenuations, out of ε̂ alone.
+    """Outputs corrected so that x̂₀ + H_t + √t ε̂ = x_t, which a trained network misses. The error
+    is taken out by the least change to both; for other attenuations, out of ε̂ alone.
     """
     if h != "constant":
         return phi, noise_of(xt, phi, t, h, noise)
@@ -318,7 +318,7 @@ def train(run):
 
 
 def draw_times(n, power, generator, delta=1e-3):
-    """n training times [B] in [δ, 1]: t = u^power of even u. Power 1 is the paper's: then 92 of 100
+    """n training times [B] in [δ, 1]: u^power of uniform u. Power 1 is the paper's: then 92 of 100
     have a noise above .3 of the image. Power 3: 58 of 100 (docs/ddm.md).
     """
     u = torch.rand(n, generator=generator, device=generator.device)
@@ -334,7 +334,7 @@ FLAGS = dict(
     predict=("both", "what the network is asked for: x0 (as φ), eps", ("both", "x0", "eps")),
     second=("decoder", "what makes the second output", ("decoder", "conv")),
     precondition=(True, "input and outputs of variance 1", None),
-    time_power=(3.0, "training times are this power of even u: 1 in the paper", (1, 10)),
+    time_power=(3.0, "training times are this power of uniform u: 1 in the paper", (1, 10)),
     weights=("edm", "λ₁ and λ₂: a row of ADM's Table V", ("one", "inverse", "exponential", "edm")),
     norm=("l2", "of the errors in the loss", ("l2", "l1", "l1+l2")),
     sigma_data=(0.5, "the images' root mean square, for --precondition", None))
@@ -342,7 +342,7 @@ SAMPLING = dict(
     steps=(10, "steps of the solver, each a network call", None),
     solver=("", "order 3, 2, 1, or Algorithm 2 (ode3; ode if h is not constant)", tuple(SOLVERS)),
     grid=("flow", "even steps of flow time, of √t, or of t (paper)", tuple(GRIDS)),
-    heads=("", "outputs made to agree with x_t, or raw (project; ddm: raw)", ("project", "raw")),
+    heads=("", "outputs that add up to x_t, or raw (project; ddm: raw)", ("project", "raw")),
     clip=(False, "keep every x̂₀ in [-1, 1]", None))
 PAPER = dict(precondition=False, time_power=1.0, blocks=3, attention=(16, 8), lr=1e-4, ema=0.9999)
 PRESETS = {

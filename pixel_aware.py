@@ -1,10 +1,10 @@
 """Every pixel its own schedule, and the whole way back from noise in one pass of the network.
 
-The paper (anonymous, under review, 2024) lets bright pixels fade faster than dark ones. A pixel x₀
-in (0, 1] keeps e^{-γ x₀} of its power to the end, so that all reach noise together, in 200 steps.
-The way back then needs x₀ to know its own schedule. So a first network, a variational autoencoder
-G_θ, guesses the image scale x_δ = e^{-γ x₀} from the noisy image. A second one, R_φ, names from
-both the noises of all T steps at once, by T small heads on one U-Net. No step back calls it again.
+The paper (anonymous, under review, 2024) gives each pixel x₀ in (0, 1] a schedule by its brightness:
+at the end it keeps e^{-γ x₀} of its power. So all but dark pixels are noise after the same steps.
+The way back needs x₀ for its schedule. So a first network, a variational autoencoder G_θ, guesses
+the image scale x_δ = e^{-γ x₀}, which holds less detail than x₀. A second, R_φ, sees it and x_i,
+and predicts the noises of all T steps at once, by T heads on one U-Net. The rest is arithmetic.
 
     python pixel_aware.py --train                        embedded shapes, minutes on two CPU cores
     python pixel_aware.py --train --dataset cifar10      CIFAR-10, on a GPU
@@ -20,8 +20,8 @@ both the noises of all T steps at once, by T small heads on one U-Net. No step b
     Z^j       Z               [B, T, C, H, W]  the heads' estimates of them: Z[:, j-1] is Z^j
 
 Algorithm 1 does not reconstruct an image, not even from its true noises: `reverse_walk` says why.
-The default goes by conditional means. The paper's choices are --solver literal (one sign of line 9
-mended), --grid uniform, --predict eps, --scale delta, --vae denoising, --average heads and
+The default goes by conditional means. The paper's choices: --solver literal (with ᾱ for α in line
+9), --grid uniform, --predict eps, --scale delta, --vae denoising, --average heads,
 --heads-per-step 500. docs/pixel_aware.md says what each of them measured.
 """
 
@@ -115,8 +115,8 @@ def diffuse(x0, eps, i, gamma, T):
 def trajectory_noise(x0, gamma, T, generator=None, times=None):
     """ε̃_1 ... ε̃_T of one trajectory: what all the heads learn. -> [B, T, C, H, W]
 
-    The noise of x_i is also in x_j for j > i: √u_j ε̃_j is a Wiener process at u_j = (1 - ᾱ_j)/ᾱ_j.
-    So ε̃_i and ε̃_j correlate by √(u_i/u_j). times: only these, [m] or [B, m], rising.
+    x_j/√ᾱ_j = x₀ + √u_j ε̃_j with u_j = (1 - ᾱ_j)/ᾱ_j, and √u_j ε̃_j is a Wiener process at u_j. So
+    for i < j, ε̃_i and ε̃_j correlate by √(u_i/u_j). times: only these, [m] or [B, m], rising.
     """
     if times is None:
         times = torch.arange(1, T + 1, device=x0.device)
@@ -193,9 +193,9 @@ class Encoder(nn.Module):
 class ScaleVAE(nn.Module):
     """G_θ: from x_i the image scale, or the image, by way of a code [B, code]; and the code's KL.
 
-    The paper's code is made of x_i alone. At i = T it knows nothing, and cannot generate. A
-    conditional VAE can: in training the code is drawn from x_i and the truth (the posterior), and
-    the KL teaches a prior, which sees x_i alone, to follow it.
+    The code is some random numbers that say which image it is. The paper's is made of x_i alone: at
+    i = T it knows nothing. In a conditional VAE it is drawn, in training, from x_i and the truth;
+    the KL divergence draws a prior, which sees x_i alone, near to it, and sampling uses the prior.
     """
 
     def __init__(self, channels, size, width, code, conditional):
@@ -338,8 +338,8 @@ def guess(xi, rate, i, x0, spread):
 def read_heads(raw, xi, rate, i, times, mean=None, std=None):
     """Z, 0 for steps beyond i. raw: the outputs [B, m, C, H, W] of the heads of `times` [m].
 
-    They are noises; or, with (mean, std) by `guess`, the image's distances from the mean in stds,
-    and Z^j is the noise that goes with this image. (In print the mask's inequality is illegible.)
+    They are noises; or, with (mean, std) by `guess`, (image - mean)/std, and Z^j is the noise that
+    goes with this image. (In print the mask's inequality is illegible.)
     """
     if mean is not None:
         x0 = mean[:, None] + std[:, None] * raw

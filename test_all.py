@@ -691,6 +691,7 @@ def test_angular_betas_multiply_to_alpha_bar(T):
     curves = dict(
         angular=(HALF_PI * even).cos() ** 2,
         linear=ddpm(T))
+    assert set(curves) == set(angular.SCHEDULES)
     for schedule, curve in curves.items():
         betas = angular.beta(i[1:], T, schedule)
         close(angular.alpha_bar(i, T, schedule), curve)
