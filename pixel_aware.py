@@ -1,6 +1,6 @@
 """Every pixel its own schedule, and the whole way back from noise in one pass of the network.
 
-The paper (anonymous, under review, 2024) gives each pixel x₀ in (0, 1] a schedule by its brightness:
+The paper (anonymous, under review, 2024) gives a pixel x₀ in (0, 1] a schedule by its brightness:
 at the end it keeps e^{-γ x₀} of its power. So all but dark pixels are noise after the same steps.
 The way back needs x₀ for its schedule. So a first network, a variational autoencoder G_θ, guesses
 the image scale x_δ = e^{-γ x₀}, which holds less detail than x₀. A second, R_φ, sees it and x_i,
