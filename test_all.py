@@ -1208,16 +1208,19 @@ def test_pixel_aware_means_reconstruct_the_image_that_heads_name(grid):
     close(x, x0, 1e-8)
 
 
-def knowing(T, power=1):
-    """An R that names the noises of the image that x̂_δ is of, for γ = 20."""
+def knowing(T, power=1, image=None):
+    """An R that names the noises of this image, or of the one that x̂_δ is of, for γ = 20."""
     even = torch.arange(1, T + 1).double() / T
     times = T * even ** power
 
     def R(x, scale, t):
         bar = scale ** t[0]
-        x0 = -scale.log() / 20
+        rate = -scale.log() / T
+        x0 = rate * T / 20
+        if image is not None:
+            x0 = image
         eps = (x - bar.sqrt() * x0) / (1 - bar).sqrt()
-        return pixel_aware.expected_noise(eps, t[0] * T, times, 20 / T * x0)
+        return pixel_aware.expected_noise(eps, t[0] * T, times, rate)
 
     return R
 
@@ -1225,16 +1228,18 @@ def knowing(T, power=1):
 @pytest.mark.parametrize("grid, power", (("uniform", 1), ("quadratic", 2)))
 @pytest.mark.parametrize("passes", (2, 5, 40))
 def test_pixel_aware_a_pass_is_one_call_of_each_network(passes, grid, power):
-    """All T steps are yielded; a jump is q(x_s | x_i, x̂₀). Catches a hidden call, a wrong jump."""
+    """All T steps are yielded; a jump is q(x_s | x_i, x̂₀). Catches a hidden call, a wrong jump, or
+    one by the schedule of x̂_δ, which is of another image here.
+    """
     x0 = pixels(2, 3, 4, 4)
     calls = []
 
     def G(x, t, generator):
         calls.append((t[0].item(), x))
-        return kept(x0, 20)
+        return kept(pixels(2, 3, 4, 4, seed=6), 20)
 
     walk = pixel_aware.walk(
-        G, knowing(40, power), randn(2, 3, 4, 4), passes,
+        G, knowing(40, power, x0), randn(2, 3, 4, 4), passes,
         gamma=20, T=40, grid=grid, generator=seeded(9))
     times, images, _ = zip(*walk)
     close(times, np.linspace(1, 0, 41) ** power)

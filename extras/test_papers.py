@@ -504,6 +504,38 @@ def test_pixel_aware_own_noises_reconstruct_by_line_9_as_printed(value):
     assert (noisy - x0).std() > 1
 
 
+@pytest.mark.parametrize("scale", ("image", "delta"))
+@pytest.mark.parametrize("predict", ("x0", "eps"))
+def test_pixel_aware_heads_mean_in_sampling_what_training_taught(predict, scale):
+    """Eq. 15 is least, in every head, for outputs that the sampler reads as the true noises. Its
+    slope at outputs of 0 says which they are. Catches a `guess` that differs between the two.
+    """
+    x0 = 0.3 + 0.2 * rand(1, 3, 4, 4)
+    shown = kept(0.3 + 0.2 * rand(1, 3, 4, 4, seed=8), 20)    # x̂_δ, of another image
+    times = torch.arange(1, 6)
+    i = torch.tensor([5.0], dtype=torch.float64)
+    eps_i, eps = pixel_aware.draw_trajectory(x0, i, times.double(), 20, 5, seeded(2))
+    zero = torch.zeros_like(eps, requires_grad=True)
+
+    def model(*_):
+        return x0, full(0, 1), shown, zero
+
+    weights = torch.full((1, 5), 0.5)
+    error = pixel_aware.loss(model, x0, i, eps_i, eps, weights, None, None, 5, 20, scale, predict)
+    slope, = torch.autograd.grad(error.sum(), zero)           # - 2 times 0.5/48 times the target
+    of = types.SimpleNamespace(T=5, gamma=20, grid="uniform", scale=scale, predict=predict)
+    net = types.SimpleNamespace(of=of, vae=None, parallel=lambda *_: -48 * slope)
+    run = types.SimpleNamespace(bf16=False, device=torch.device("cpu"), averaged=lambda kind: net)
+    _, R = pixel_aware.trained(run)
+    xi = pixel_aware.diffuse(x0, eps_i, i, 20, 5)
+    Z = R(xi, shown, i / 5)
+    if predict == "eps":
+        close(Z, eps, 1e-6)
+    else:                                                     # the noise in x_5, if it fades by x̂_δ
+        bar = shown ** (i / 5)
+        close(Z[:, 4], (xi - bar.sqrt() * x0) / (1 - bar).sqrt(), 1e-6)
+
+
 @pytest.mark.parametrize("passes, share", ((1, 0.391), (2, 0.459), (10, 0.499)))
 def test_pixel_aware_exact_networks_draw_the_data_from_a_forwarded_start(passes, share):
     """Half of the pixels are dark. From N(0, I), as in the paper, they come too rarely: .391 is by
