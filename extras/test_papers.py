@@ -531,7 +531,7 @@ def test_pixel_aware_heads_mean_in_sampling_what_training_taught(predict, scale)
     Z = R(xi, shown, i / 5)
     if predict == "eps":
         close(Z, eps, 1e-6)
-    else:                                                     # the noise in x_5, if it fades by x̂_δ
+    else:                                                     # x_5's noise, if it fades by x̂_δ
         bar = shown ** (i / 5)
         close(Z[:, 4], (xi - bar.sqrt() * x0) / (1 - bar).sqrt(), 1e-6)
 
