@@ -1445,8 +1445,10 @@ def test_data_bad_sources_are_one_sentence(tmp_path, monkeypatch):
             load("folder", folder, 16)
     assert not [*tmp_path.rglob("*partial"), *tmp_path.rglob("*.npy")]
     cache = tmp_path / "cifar10-train-32.npy"
+    np.save(cache, np.zeros((0, 3, 32, 32), np.uint8))
+    none = cache.read_bytes()                                 # of no image
     np.save(cache, np.zeros((9, 3, 32, 32), np.float32))
-    for content in (cache.read_bytes(), cache.read_bytes()[:5000], b"", pickle.dumps([1])):
+    for content in (none, cache.read_bytes(), cache.read_bytes()[:5000], b"", pickle.dumps([1])):
         cache.write_bytes(content)
         with pytest.raises(data.Problem, match="cifar10-train-32.npy"):
             load("cifar10", ".", 32)
@@ -1741,7 +1743,7 @@ def test_last_good_checkpoint_stays(place, name, happens, status, words, cli, mo
 
 
 def test_bad_checkpoints_are_sentences_and_never_executed(cli):
-    """Cut, changed by a bit, foreign, malicious, missing. Catches torch.load of any code."""
+    """Cut, of a changed bit, foreign, of NaN, evil, gone. Catches any code run, black pictures."""
     cli(ddm, tiny(ddm, 1, "--train --run r"))
     path = pathlib.Path("r/checkpoint.pt")
     good, saved = path.read_bytes(), weights("r")
@@ -1753,6 +1755,10 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
     contents = [(both, bad) for bad in (good[:5000], b"", pickle.dumps(evil), bytes(flipped))]
     for what, part, value in (
             (both, "step", evil),
+            (both, "step", -5),
+            (both, "method", saved["method"] | dict(lr=None)),
+            (both, "ema", {name: weight / 0 for name, weight in saved["ema"].items()}),
+            ("--sample", "network", saved["network"] | dict(more=1)),
             ("--train", "model", {}),
             ("--train", "optimizer", optimizer | dict(state={})),
             ("--train", "optimizer", optimizer | dict(state=odd)),
