@@ -1754,8 +1754,7 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
     odd = {k: v | dict(exp_avg=torch.zeros(1)) for k, v in optimizer["state"].items()}
     contents = [(both, bad) for bad in (good[:5000], b"", pickle.dumps(evil), bytes(flipped))]
     for what, part, value in (
-            (both, "step", evil),
-            (both, "step", -5),
+            (both, "step", evil), (both, "step", -5),
             (both, "method", saved["method"] | dict(lr=None)),
             (both, "ema", {name: weight / 0 for name, weight in saved["ema"].items()}),
             ("--sample", "network", saved["network"] | dict(more=1)),
@@ -1770,6 +1769,8 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
         for each in what.split():
             cli(ddm, f"{each} --run r --iterations 9", 1)
         assert path.read_bytes() == content and not os.path.exists("executed")
+    torch.save(saved | dict(method=saved["method"] | dict(dataset="more")), path)
+    assert "no folder data/more" in cli(ddm, "--train --run r --iterations 9", 2)
     path.unlink()
     assert "train first" in cli(ddm, "--sample --run r", 1)
 
