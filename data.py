@@ -1,7 +1,4 @@
-"""What is not diffusion: images in, pictures out, and a Run: a directory with its settings.
-
-Training step k is a function of (seed, k), and image i of (seed, i), however many processes work.
-"""
+"""What is not diffusion: images in, pictures out, and a Run: a directory with its settings."""
 
 import argparse
 import concurrent.futures
@@ -133,8 +130,8 @@ def load(run):
         convert(path, items, lambda item: square(opened(item), s.image_size, CROPS.get(s.dataset)))
     run.barrier()
     images = mapped(run, path)
-    if images.dtype != torch.uint8 or images.shape[2:] != (s.image_size, s.image_size):
-        raise Problem(f"{path} is not of uint8 [N, C, {s.image_size}, {s.image_size}]: remove it")
+    if images.dtype != torch.uint8 or images.shape[2:] != (s.image_size,) * 2 or not len(images):
+        raise Problem(f"{path} has no uint8 images [N, C, S, S] with S = {s.image_size}: remove it")
     return images
 
 
@@ -323,7 +320,8 @@ class Run:
     def averaged(self, build):
         """The network to sample with: the checkpoint's, with its averaged weights."""
         self.checkpoint = load_checkpoint(self.directory / "checkpoint.pt")
-        net = build(**self.checkpoint["network"])
+        with refusals("the checkpoint's network cannot be built:", 1, Exception):
+            net = build(**self.checkpoint["network"])
         self.restore(ema=net)
         net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         return self.compiled(net, self.cuda and self.args.n >= 2000, mode="reduce-overhead")
@@ -369,7 +367,7 @@ class Run:
         g = torch.Generator(self.device)
         try:
             for step in range(first, s.iterations):
-                g.manual_seed(seed("batch", s.seed, step))
+                g.manual_seed(seed("batch", s.seed, step))    # step k is a function of (seed, k)
                 torch.manual_seed(seed("dropout", s.seed, step, self.rank))
                 yield step, g
                 stop = self.agreed(step)
@@ -400,7 +398,8 @@ class Run:
 
     def record(self, losses, t):
         """Note a step: its losses [b] and their times [b] in [0, 1], for the progress line."""
-        losses, fifth = losses.detach().float(), (5 * t).long().clamp(0, 4)
+        losses = losses.detach().float()
+        fifth = (5 * t).long().clamp(0, 4)
         self.sums.index_add_(1, fifth, torch.stack([losses, torch.ones_like(losses)]))
 
     def report(self, step, last, lr):
@@ -428,7 +427,7 @@ class Run:
     def save(self, step, parts):
         """Write the checkpoint, unless a weight is not finite."""
         state = {name: part.state_dict() for name, part in parts.items()}
-        if not all(torch.isfinite(weight).all() for weight in state["model"].values()):
+        if not all(weight.isfinite().all() for weight in state["model"].values()):
             raise Problem(f"a weight is not finite after step {step}: try a lower --lr")
         if self.rank == 0:
             state |= dict(network=self.network, method=vars(self.settings), step=step)
@@ -496,18 +495,18 @@ def load_checkpoint(path):
     with refusals(f"{path} is not readable as a checkpoint:", 1, Exception):
         damaged = zipfile.ZipFile(path).testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged or not all(isinstance(state[key], kind) for key, kind in keys.items()):
+        known = all(isinstance(state[key], kind) for key, kind in keys.items())
+        if damaged or not known or state["step"] < 0:
             raise ValueError("it is damaged, or is not of this project")
+        if not all(weight.isfinite().all() for weight in state["ema"].values()):
+            raise ValueError("an averaged weight in it is not finite")
         return state
 
 
 # ------------------------------------------------------------------------------------- pictures out
 
 def draw(run, walk, calls, looks=None, **options):
-    """Write --n images, as two pictures or as PNGs which are of these `options` alone.
-
-    walk(x1, generators) yields (t, x_t, x̂₀) `looks` or `calls` times, and then the image.
-    """
+    """--n images, the last x of walk(x1, generators), as two pictures or PNGs of these options."""
     args, network = run.args, run.checkpoint["network"]
     base = run.checkpoint["method"]["seed"] if args.seed is None else args.seed
     weights = hashlib.sha256((run.directory / "checkpoint.pt").read_bytes()).hexdigest()[:16]
@@ -664,13 +663,14 @@ def open_run(script, doc, flags, sampling, presets, argv=None):
     saved = dict(images="") | checkpoint["method"] if checkpoint else {}
     dataset = given.get("dataset") or saved.get("dataset", "shapes")
     settings = {name: row[0] for name, row in (COMMON | flags).items()}
-    settings |= SIZES[dataset] | presets.get(dataset, {}) | dict(script=script, images="")
+    settings |= SIZES.get(dataset, {}) | presets.get(dataset, {}) | dict(script=script, images="")
     chosen = {name: tuple(value) if isinstance(value, list) else value
               for name, value in given.items() if name in settings}
     if args.preset:
         with refusals("there is no preset"):
             chosen = presets[f"paper {dataset}"] | chosen
-    if saved and (saved.keys() != settings.keys() or saved["script"] != script):
+    kinds, known = [{*zip(each, map(type, each.values()))} for each in (saved, settings)]
+    if saved and (kinds != known or saved["script"] != script):
         raise Problem(f"{directory} is no run of this {script}: choose another --run")
     if saved and not args.train:
         chosen.pop("seed", None)                              # it is the samples' seed then

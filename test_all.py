@@ -1451,8 +1451,10 @@ def test_data_bad_sources_are_one_sentence(tmp_path, monkeypatch):
             load("folder", folder, 16)
     assert not [*tmp_path.rglob("*partial"), *tmp_path.rglob("*.npy")]
     cache = tmp_path / "cifar10-train-32.npy"
+    np.save(cache, np.zeros((0, 3, 32, 32), np.uint8))
+    none = cache.read_bytes()                                 # of no image
     np.save(cache, np.zeros((9, 3, 32, 32), np.float32))
-    for content in (cache.read_bytes(), cache.read_bytes()[:5000], b"", pickle.dumps([1])):
+    for content in (none, cache.read_bytes(), cache.read_bytes()[:5000], b"", pickle.dumps([1])):
         cache.write_bytes(content)
         with pytest.raises(data.Problem, match="cifar10-train-32.npy"):
             load("cifar10", ".", 32)
@@ -1747,7 +1749,7 @@ def test_last_good_checkpoint_stays(place, name, happens, status, words, cli, mo
 
 
 def test_bad_checkpoints_are_sentences_and_never_executed(cli):
-    """Cut, changed by a bit, foreign, malicious, missing. Catches torch.load of any code."""
+    """Cut, of a changed bit, foreign, of NaN, evil, gone. Catches any code run, black pictures."""
     cli(ddm, tiny(ddm, 1, "--train --run r"))
     path = pathlib.Path("r/checkpoint.pt")
     good, saved = path.read_bytes(), weights("r")
@@ -1758,7 +1760,10 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
     odd = {k: v | dict(exp_avg=torch.zeros(1)) for k, v in optimizer["state"].items()}
     contents = [(both, bad) for bad in (good[:5000], b"", pickle.dumps(evil), bytes(flipped))]
     for what, part, value in (
-            (both, "step", evil),
+            (both, "step", evil), (both, "step", -5),
+            (both, "method", saved["method"] | dict(lr=None)),
+            (both, "ema", {name: weight / 0 for name, weight in saved["ema"].items()}),
+            ("--sample", "network", saved["network"] | dict(more=1)),
             ("--train", "model", {}),
             ("--train", "optimizer", optimizer | dict(state={})),
             ("--train", "optimizer", optimizer | dict(state=odd)),
@@ -1770,6 +1775,8 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
         for each in what.split():
             cli(ddm, f"{each} --run r --iterations 9", 1)
         assert path.read_bytes() == content and not os.path.exists("executed")
+    torch.save(saved | dict(method=saved["method"] | dict(dataset="more")), path)
+    assert "no folder data/more" in cli(ddm, "--train --run r --iterations 9", 2)
     path.unlink()
     assert "train first" in cli(ddm, "--sample --run r", 1)
 

@@ -1,6 +1,6 @@
 """FD: how far samples are from CIFAR-10, where the Inception weights of FID are not at hand.
 
-    python -m extras.fd FOLDER --n 1000      a folder of PNGs or JPEGs, or a uint8 .npy
+    python -m extras.fd FOLDER --n 1000      a folder of images, or a uint8 .npy
 
 FID's Fréchet distance, and improved precision and recall (Kynkäänniemi et al. 2019, k = 3), on 384
 features of a small ResNet-9 that classifies CIFAR-10. It is not FID: compare its figures with each
@@ -19,7 +19,6 @@ from torchvision.transforms.functional import normalize
 import data
 
 HOME = pathlib.Path(__file__).parents[1] / "assets/fd"
-KINDS = (".png", ".jpg", ".jpeg")
 
 
 def block(c_in, c_out, *pool):
@@ -43,18 +42,15 @@ class Res(nn.Module):
 def load(path, which):
     """This slice of a folder's images or an .npy's: uint8 [N, 3, 32, 32]. Raises data.Problem."""
     if pathlib.Path(path).is_dir():
-        found = pathlib.Path(path).rglob("*")
-        files = sorted(file for file in found if file.suffix.lower() in KINDS)[which]
+        files = data.image_files(pathlib.Path(path))[0][which]
         images = [np.asarray(data.open_image(file, "RGB")).transpose(2, 0, 1) for file in files]
     else:
-        try:
+        with data.refusals(f"{path} is no folder, and no .npy file:", 1, Exception):
             images = np.load(path, mmap_mode="r")[which]
-        except ValueError as error:
-            raise data.Problem(f"{path} is no folder, and no .npy file") from error
     kinds = {(str(image.dtype), *image.shape) for image in images}
     if len(images) < 4 or kinds not in ({("uint8", 3, 32, 32)}, {("uint8", 3, 16, 16)}):
         raise data.Problem(f"{path} has {len(images)} images {sorted(kinds)}: FD needs four or "
-                           f"more PNGs or JPEGs, all of 32x32 or all of 16x16")
+                           f"more, all of 32x32 or all of 16x16")
     return doubled(torch.from_numpy(np.stack(images)))
 
 
@@ -88,7 +84,8 @@ def frechet(f, mean, cov):
     own = f.T.cov()
     values, vectors = torch.linalg.eigh(own)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
+    both = root @ cov @ root
+    cross = torch.linalg.eigvalsh(both).clamp(min=0).sqrt().sum()
     return (f.mean(0) - mean).square().sum() + own.trace() + cov.trace() - 2 * cross
 
 
@@ -101,13 +98,15 @@ def covered(f, g, k=3):
 
 @data.command
 def main(argv=None):
-    """The command line. Prints a line of JSON."""
+    """The command line. Its last line is JSON."""
     parser = argparse.ArgumentParser(prog="fd", description=__doc__.split("\n\n")[0])
     parser.error = data.complain
     parser.add_argument("samples")
     parser.add_argument("--n", type=data.number(int, 4), default=10000)
     parser.add_argument("--reference", help="an .npy, whose last 10,000 images are taken")
     args = parser.parse_args(argv)
+    if "" in (args.samples, args.reference):                  # it would be the current folder
+        data.complain("leave no name empty")
     f = features(load(args.samples, slice(args.n)))
     known = torch.load(HOME / "reference.pt", weights_only=True)
     if args.reference:

@@ -412,20 +412,43 @@ def test_memory_is_what_a_hand_counts(cli, monkeypatch):
 
 
 def test_fd_is_a_distance_of_folders(cli):
-    """Of Gaussians |m₁ - m₂|² + Σ (s₁ - s₂)². Catches a lost square root, and a traceback."""
+    """Of Gaussians |m₁ - m₂|² + Σ (s₁ - s₂)². Catches a lost square root, JPEGs left out."""
     f = randn(100, 3)
     cov = f.T.cov()
     close(fd.frechet(f, f.mean(0) + 1, 4 * cov), 3 + cov.trace(), rtol=1e-9)
     images = data.shapes(20, 16)[:12]
     np.save("all.npy", images)
-    for folder in ("png", "jpg", "empty"):
+    for folder in ("png", "jpg"):
         pathlib.Path(folder).mkdir()
     for k, image in enumerate(images.transpose(0, 2, 3, 1)):
         Image.fromarray(image).save(f"png/{k}.png")
         Image.fromarray(image).save(f"jpg/{k}.JPG")
     found = json.loads(cli(fd, "png --reference all.npy"))
     close([*found.values()], [12, 0, 1, 1], atol=1e-3)
+    pathlib.Path("jpg/._0.JPG").write_text("a Mac's note, and no image")
     assert json.loads(cli(fd, "jpg --n 5"))["fd"] > 5
-    Image.new("RGB", (32, 32)).save("jpg/x.png")
-    for path in ("empty", "jpg", "nowhere"):
-        cli(fd, path, status=1)
+    assert json.loads(cli(fd, "jpg"))["n"] == 12
+
+
+def test_fd_of_what_it_cannot_take_is_one_sentence(cli):
+    """Folders and files that are empty, absent, torn, mixed or too few. Catches a traceback."""
+    for folder, sizes in dict(empty=(), one=(32,), mixed=(16,) * 4 + (32,), large=(64,) * 4,
+                              torn=(32,) * 4).items():
+        pathlib.Path(folder).mkdir()
+        for k, size in enumerate(sizes):
+            Image.new("RGB", (size, size)).save(f"{folder}/{k}.jpg")
+    pathlib.Path("torn/2.jpg").write_bytes(pathlib.Path("torn/1.jpg").read_bytes()[:200])
+    for path, array in dict(number=np.uint8(3), turned=np.zeros((4, 32, 32, 3), np.uint8),
+                            float=np.zeros((4, 3, 32, 32)), pickled=np.array([None] * 4),
+                            none=np.zeros((0, 3, 32, 32), np.uint8)).items():
+        np.save(f"{path}.npy", array)
+    np.savez("archive.npz", np.zeros((4, 3, 32, 32), np.uint8))
+    pathlib.Path("blank.npy").write_bytes(b"")
+    for words in ("one has 1 images", "mixed has 5 images", "large has 4", "torn/2.jpg", "nowhere",
+                  "number.npy", "turned.npy", "float.npy", "pickled.npy", "none.npy has 0",
+                  "archive.npz", "blank.npy"):
+        path = "torn" if "torn" in words else words.split()[0]
+        assert words in cli(fd, path, status=1)
+    assert "no images" in cli(fd, "empty", status=2)
+    with pytest.raises(SystemExit, match="2"):
+        fd.main(["turned.npy", "--reference", ""])
