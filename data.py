@@ -57,7 +57,6 @@ def command(main):
                 dist.destroy_process_group()
         print("error:", " ".join(str(sentence).split())[:1000], file=sys.stderr)
         raise SystemExit(status)
-
     return wrapped
 
 
@@ -354,7 +353,7 @@ class Run:
         s, first = self.settings, self.checkpoint["step"] if self.checkpoint else 0
         parts = dict(model=net, ema=ema, optimizer=optimizer)
         if first >= s.iterations:
-            say(f"{self.directory} is trained: {first} of {s.iterations} steps (see --iterations)")
+            say(f"{self.directory} has had its {first} steps: a larger --iterations trains on")
             return
         if self.checkpoint:
             self.restore(**parts)
@@ -473,8 +472,7 @@ def choose_device(name):
 @contextlib.contextmanager
 def replacing(path, sync=True):
     """A new file for `path`, renamed when complete: a kill, with sync a power cut, keep the old."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := pathlib.Path(path)).parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -506,7 +504,9 @@ def load_checkpoint(path):
 # ------------------------------------------------------------------------------------- pictures out
 
 def draw(run, walk, calls, looks=None, **options):
-    """--n images, the last x of walk(x1, generators), as two pictures or PNGs of these options."""
+    """Write --n images, as two pictures or as PNGs of these `options`, by walk(x1, generators),
+    which yields (t, x_t, x̂₀) `looks` or `calls` times, and (0, image, image) at last.
+    """
     args, network = run.args, run.checkpoint["network"]
     base = run.checkpoint["method"]["seed"] if args.seed is None else args.seed
     weights = hashlib.sha256((run.directory / "checkpoint.pt").read_bytes()).hexdigest()[:16]

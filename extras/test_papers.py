@@ -393,6 +393,16 @@ def slope(x0, t):
     return torch.autograd.grad(total, t)[0]
 
 
+def test_angular_betas_keep_their_digits_at_both_ends():
+    """β_1 is an angle's sin²; the last are 5/9, 3/4, 1. Catches 1 - ᾱ_i/ᾱ_{i-1}, and an ᾱ_T > 0."""
+    T = 10 ** 6
+    i = torch.tensor([1, T - 2, T - 1, T])
+    first = (HALF_PI / T) ** 2
+    by_hand = [first, 5 / 9, 3 / 4, 1]
+    close(angular.beta(i, T), by_hand, 1e-10, 0)
+    assert angular.alpha_bar(i, T)[-1] == 0
+
+
 def test_pixel_aware_snr_is_eq_11_and_its_slope_eq_17_corrected():
     """With the e^y that Eq. 17 lost; x₀/(γt) as t → 0, not t⁻². Catches Eq. 10's second /T."""
     x0 = rand(50, low=0.004)
