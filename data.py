@@ -623,7 +623,7 @@ def add_rows(parser, title, rows):
 def number(kind, low, high=math.inf):
     """An argparse type: a finite number from low to high."""
     def parse(text):
-        if low <= kind(text) <= high and kind(text) < math.inf:
+        if low <= kind(text) <= high and float(text) < math.inf:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
     parse.__name__ = "whole number" if kind is int else "number"

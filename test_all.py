@@ -1801,7 +1801,7 @@ def test_help_is_a_page_and_wrong_flags_are_sentences(script, cli, monkeypatch):
     assert "checkpoint.pt" not in os.listdir("far")
     monkeypatch.setattr(data, "average", lambda *_: pytest.fail("the training began"))
     wrong = WRONG.get(script, "--widht 8").split(" | ")
-    for flags in ["", "--steps 3", *(f"--train {each}" for each in wrong)]:
+    for flags in ["", "--steps 3", f"--train --n {10 ** 400}", *(f"--train {w}" for w in wrong)]:
         cli(script, flags, 2)
     monkeypatch.setattr(data, "__file__", "nowhere/data.py")          # without shipped weights
     assert "train first" in cli(script, "--sample", 1) and os.listdir() == ["far"]
