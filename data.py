@@ -271,7 +271,6 @@ def batch(images, size, generator):
 @dataclasses.dataclass
 class Run:
     """A run directory, and what training and sampling need to know of it."""
-
     directory: pathlib.Path
     settings: argparse.Namespace                              # saved with the run: settings.lr
     args: argparse.Namespace                                  # the flags that are not saved
@@ -281,11 +280,11 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))            # this process, of how many
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = choose_device(self.args.device)
-        self.cuda, size = self.device.type == "cuda", self.settings.batch_size
+        self.cuda = self.device.type == "cuda"
         native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = native if self.args.precision == "auto" else self.args.precision == "bf16"
-        if size % self.world:
-            raise Problem(f"--batch-size {size} can't be shared by {self.world} processes", 2)
+        if self.settings.batch_size % self.world:
+            raise Problem(f"--batch-size can't be shared by {self.world} processes", 2)
         if self.world > 1:
             with refusals():                                  # a day: one may convert a dataset
                 dist.init_process_group(("gloo", "nccl")[self.cuda], timeout=datetime.timedelta(1))
@@ -358,7 +357,8 @@ class Run:
         if self.checkpoint:
             self.restore(**parts)
         lock = own(self.directory / ".lock") if self.rank == 0 else None      # until the loop ends
-        before = {number: signal.signal(number, self.caught) for number in STOPS}
+        before = {number: signal.signal(number, self.caught) for number in STOPS
+                  if signal.getsignal(number) != signal.SIG_IGN}                # as nohup has it
         self.stop = 0                                         # or the signal that asks to
         self.sums = torch.zeros(2, 5, device=self.device)     # by fifths of t: losses, how many
         self.first = self.since = first

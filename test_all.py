@@ -1218,9 +1218,7 @@ def knowing(T, power=1, image=None):
 @pytest.mark.parametrize("grid, power", (("uniform", 1), ("quadratic", 2)))
 @pytest.mark.parametrize("passes", (2, 5, 40))
 def test_pixel_aware_a_pass_is_one_call_of_each_network(passes, grid, power):
-    """All T steps are yielded; a jump is q(x_s | x_i, x̂₀). Catches a hidden call, a wrong jump, or
-    one by the schedule of x̂_δ, which is of another image here.
-    """
+    """All T steps are yielded; a jump is q(x_s | x_i, x̂₀). Catches hidden calls, jumps as x̂_δ has."""
     x0 = pixels(2, 3, 4, 4)
     calls = []
 
@@ -1530,20 +1528,23 @@ def cli(tmp_path, monkeypatch, capsys):
     (ddm, signal.SIGINT), (blurring, signal.SIGTERM), (angular, signal.SIGHUP),
     (pixel_aware, signal.SIGTERM)])
 def test_resumed_equals_uninterrupted_bit_for_bit(script, number, cli, monkeypatch):
-    """A signal saves first. Catches state outside of the checkpoint, and a step that is lost."""
-    record, seen = data.Run.record, []
+    """A signal saves first. Catches state outside of the checkpoint, and a nohup that is none."""
+    record = data.Run.record
+    seen = []
 
     def stop_after_three(run, *arguments):
         record(run, *arguments)
         seen.append(0)
-        if len(seen) == 3:
+        if len(seen) % 3 == 0:
             os.kill(os.getpid(), number)
 
     cli(script, tiny(script, 6, "--train --dropout 0.2 --run whole"))
     monkeypatch.setattr(data.Run, "record", stop_after_three)
     said = cli(script, tiny(script, 6, "--train --dropout 0.2 --run parts"), 128 + number)
     assert "stopped after step 3" in said
+    signal.signal(number, signal.SIG_IGN)                     # as under nohup: it is not heard
     cli(script, "--train --run parts")
+    signal.signal(number, signal.default_int_handler)
     assert_same("parts", "whole")
 
 
