@@ -1218,7 +1218,7 @@ def knowing(T, power=1, image=None):
 @pytest.mark.parametrize("grid, power", (("uniform", 1), ("quadratic", 2)))
 @pytest.mark.parametrize("passes", (2, 5, 40))
 def test_pixel_aware_a_pass_is_one_call_of_each_network(passes, grid, power):
-    """All T steps are yielded; a jump is q(x_s | x_i, x̂₀). Catches hidden calls, jumps as x̂_δ has."""
+    """All T steps are yielded; a jump is q(x_s | x_i, x̂₀). Catches hidden calls, wrong jumps."""
     x0 = pixels(2, 3, 4, 4)
     calls = []
 
