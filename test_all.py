@@ -1910,7 +1910,7 @@ TWO = """
 import importlib, sys
 import data, unet
 scripts = [importlib.import_module(line.split()[0]) for line in sys.argv[1:]]
-print("imported")
+print("imported\\n", end="")
 import torch.distributed as dist
 begin, draw = dist.init_process_group, data.shapes
 dist.init_process_group = lambda *a, **k: dist.is_initialized() or begin(*a, **k)

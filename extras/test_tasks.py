@@ -399,7 +399,7 @@ def test_edge_counts_by_hand():
 def test_edge_matching_is_the_largest_and_then_the_nearest(columns):
     """Against Kuhn's augmenting paths. Catches a greedy matching: its ODS is .03 to .05 too low."""
     for k in range(6):
-        near = sparse.random(30, columns, 0.06, rng=k).tocsr()
+        near = sparse.random(30, columns, 0.06, random_state=k).tocsr()
         owner = {}
 
         def augment(row, seen):
