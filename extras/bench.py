@@ -173,7 +173,8 @@ def by_diffusers(name, grid, script, model, x, steps):
     last = 1 if grid != "even angle" else 1 - 1 / steps
     sigmas = [SIGMAS[grid](last * k / (steps - 1)) for k in range(steps)]
     scheduler.set_timesteps(steps)
-    scheduler.sigmas = torch.tensor([*sigmas, 0.0])
+    end = 1e-3 if name == "DEIS-3" else 0.0                   # it takes the logarithm
+    scheduler.sigmas = torch.tensor([*sigmas, end])
     for sigma, i in zip(sigmas, scheduler.timesteps):
         x0 = image_at(script, model, x, sigma)
         x = scheduler.step(x0, i, x).prev_sample
