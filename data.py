@@ -45,7 +45,7 @@ def command(main):
         except Problem as problem:
             sentence, status = problem, problem.status
         except (MemoryError, RuntimeError) as error:
-            if "memory" not in repr(error).lower():
+            if "memory" not in repr(error).lower() and "bad_alloc" not in repr(error):
                 raise
             sentence, status = "out of memory: try a smaller --batch-size, --n or --width", 1
         except OSError as error:
@@ -277,16 +277,16 @@ class Run:
     checkpoint: dict | None                                   # what the directory holds
 
     def __post_init__(self):
-        self.rank = int(os.environ.get("RANK", 0))            # this process, of how many
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = choose_device(self.args.device)
-        self.cuda = self.device.type == "cuda"
-        native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bf16 = native if self.args.precision == "auto" else self.args.precision == "bf16"
-        if self.settings.batch_size % self.world:
-            raise Problem(f"--batch-size can't be shared by {self.world} processes", 2)
-        if self.world > 1:
-            with refusals():                                  # a day: one may convert a dataset
+        with refusals("torchrun's variables:"):               # a day, as one may convert a dataset
+            self.rank = int(os.environ.get("RANK", 0))        # this process, of how many
+            self.world = int(os.environ.get("WORLD_SIZE", 1))
+            self.device = choose_device(self.args.device)
+            self.cuda = self.device.type == "cuda"
+            native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.bf16 = native if self.args.precision == "auto" else self.args.precision == "bf16"
+            if self.settings.batch_size % self.world:
+                raise Problem(f"--batch-size can't be shared by {self.world} processes", 2)
+            if self.world > 1:
                 dist.init_process_group(("gloo", "nccl")[self.cuda], timeout=datetime.timedelta(1))
 
     def barrier(self):
