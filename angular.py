@@ -2,23 +2,24 @@
 
 Zhang, Ehinger and Drummond (2023) write diffusion's mixture of image and noise as a rotation. At
 the angle η = 0 it is the image, at π/2 it is the noise, and the √ᾱ of older models is cos η. Its
-derivative dx/dη = -sin η x₀ + cos η ε is finite everywhere, while dx/dᾱ is infinite at both ends.
-So one may go back from noise to image by any solver of ordinary differential equations, from Euler
-to Runge and Kutta. One network predicts image and noise at once: to get x₀ from ε, one divides by
-cos η, 0 at the noise; to get ε from x₀, by sin η, 0 at the image.
+derivative dx/dη = -sin η x₀ + cos η ε is finite. But dx/dᾱ = x₀/(2√ᾱ) - ε/(2√(1-ᾱ)) is not: its
+first term diverges at the noise, the second at the image. So one may go back from noise to image by
+any solver of ordinary differential equations, from Euler to Runge and Kutta. One network predicts
+image and noise at once: to get x₀ from ε, one divides by cos η, 0 at the noise; to get ε from x₀,
+by sin η, 0 at the image.
 
     python angular.py --train                        embedded shapes, minutes on two CPU cores
-    python angular.py --train --dataset cifar10      CIFAR-10, an evening on a GPU
+    python angular.py --train --dataset cifar10      CIFAR-10, on a GPU
     python angular.py --sample --solver euler        the paper's solver, by the newest run
 
     x₀        x0          [B, C, H, W]   the image, in [-1, 1]
     ε         eps         [B, C, H, W]   the noise, N(0, I)
-    η_t       eta         [B] or number  the angle, in [0, π/2]; the network is told t = η/(π/2)
+    η_t       eta         [B] or number  the angle π t/(2T), in [0, π/2]
     x_t       x           [B, C, H, W]   cos η x₀ + sin η ε
     ẋ         velocity    [B, C, H, W]   dx/dη; the paper has dx/dt = η' dx/dη, with η' = π/(2T)
     R_θ, ε_θ  R, E        [B, C, H, W]   the network's two outputs, x̂₀ and ε̂
     η' Δ_t    h           number         a step back, from eta to s = eta - h
-    t, T      i, T        whole numbers  the paper's times, i = 0 ... T, of the schedules alone
+    t, T      i, T        whole numbers  the paper's times 0 ... T. The network's `t` is t/T = 2η/π
     ᾱ_t, β_t  alpha_bar, beta   float64  cos²η_t, and 1 - ᾱ_t/ᾱ_{t-1}
     γ         gamma       number         the weight of the velocity's loss (--velocity-weight)
 
@@ -37,7 +38,7 @@ import unet
 # --------------------------------------------------------------------------------------- 1 schedule
 
 HALF_PI = math.pi / 2
-SCHEDULES = ("angular", "linear")        # linear, DDPM's, spends three times the steps near noise
+SCHEDULES = ("angular", "linear")    # linear, DDPM's, has 465 of 1000 times near noise, not 150
 
 
 def like_image(t):
@@ -90,7 +91,7 @@ def diffuse(x0, eps, eta):
 def velocity(x0, eps, eta):
     """dx/dη, what v-prediction (Salimans and Ho, 2022) asks for: ε at η = 0, and -x₀ at π/2. So x₀
     is cos η x - sin η ẋ, and ε is sin η x + cos η ẋ. (The paper's dx/dt has a factor η', and its
-    step Δ_t = h/η': their product is the same.)
+    step Δ_t = h/η': their product is the same. With h and dx/dt η' would count twice.)
     """
     eta = like_image(eta)
     return -eta.sin() * x0 + eta.cos() * eps                                           # Eq. 10, 11
@@ -130,8 +131,8 @@ def distance(error, norm="l2"):
 def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="l2"):
     """The loss of each example, [B]: |R - x₀|² + |E - ε|² + γ |error of the velocity|², or of one.
 
-    The first two terms are the squared errors of the velocity and of cos η R + sin η E, which
-    should be x. So the third gives the velocity's error more weight, and changes nothing else.
+    The first two add up to the squared errors of the velocity and of cos η R + sin η E, which
+    should be x. So the third only weighs the velocity's error more. (For "rms" this does not hold.)
     """
     R, E = model(diffuse(x0, eps, eta), eta / HALF_PI)
     if predict == "eps":
@@ -146,7 +147,7 @@ def loss(model, x0, eps, eta, predict="both", gamma=1.0, norm="l2"):
 # ---------------------------------------------------------------------------------------- 4 sampler
 
 def euler(v, x, eta, h):
-    """From the angle eta to eta - h, along the tangent. v(x, eta): the network's velocity."""
+    """From eta to eta - h along the tangent. It widens the circle √(1 + h²)-fold. v(x, eta): ẋ."""
     return x - h * v(x, eta)                                                           # Eq. 13
 
 
@@ -208,11 +209,10 @@ def flow_time(eta):
 
 
 def multistep(history, end):
-    """What a first-order step that ends at the flow time `end` lacks, for y = x/(cos η + sin η).
+    """What a first-order step to the flow time `end` lacks, for y = x/(cos η + sin η).
 
-    history: (flow time, x̂₀) of two or three calls, the newest first. Along the flow time τ the ODE
-    is dy/dτ = (y - x̂₀)/τ. A first-order step holds x̂₀ fixed. Here x̂₀ follows a line through two
-    calls, or a parabola through three; the integral has a closed form (docs/ddm.md).
+    history: 2 or 3 calls' (flow time, x̂₀), the newest first. In flow time dy/dτ = (y - x̂₀)/τ. The
+    step holds x̂₀; here it follows a line or a parabola through the calls, exactly (docs/ddm.md).
     """
     (tau0, x0), (tau1, x1), *older = history
     log = end * math.log(tau0 / end) if end else 0.0
@@ -230,10 +230,10 @@ def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=
          schedule="angular", start=1.0, last=None):
     """Noise to image, by net(x, t) -> (x̂₀, ε̂). Yields (t, x, x̂₀) a call; last (0, image, image).
 
-    solver: euler (the paper's), midpoint, heun, rk4; ddim, along the circle; ddim2 and ddim3, the
-    same with a memory of one or two calls; cold, which makes ε̂ of x̂₀; ddpm, stochastic. heads:
-    project, so that they agree with x; or raw. clip: keep x̂₀ in [-1, 1], and make ε̂ of it. last:
-    euler or midpoint, for the last step alone. generator: ddpm's, one or a list of B.
+    solver: euler (the paper's), midpoint, heun, rk4; ddim, along the circle; ddim2 and ddim3 (the
+    command line's), the same with a memory of one or two calls; cold, with ε̂ made of x̂₀; ddpm,
+    stochastic. heads: project, so that they agree with x; or raw. clip: keep x̂₀ in [-1, 1] (ε̂
+    follows). last: euler or midpoint, for the last step. generator: ddpm's, one or a list of B.
     """
     check_solver(solver, heads, last)
     seen = []

@@ -1,14 +1,16 @@
 """Blurring Diffusion Models: blur and noise arrive together, each frequency on its own schedule.
 
-Ordinary noise treats all details of an image alike. Blur does not: as heat spreads, the high
-frequencies (fine detail) fade first and the low ones last, so that the way back goes from coarse to
-fine. Inverse heat dissipation (IHDM) blurred an image and added a little noise. Hoogeboom and
-Salimans (2022) saw that this is Gaussian diffusion. In the basis of the cosine transform, blur
-multiplies each coefficient by a number, and noise stays noise. So each coefficient is a diffusion
-of its own, with its own schedule; what counts is its signal over its noise. All formulas of
-diffusion hold for each coefficient. One of them shows what IHDM lacked: the step back has a
-variance for every frequency, and IHDM had one for all. The paper's model joins a cosine noise
-schedule to a blur that grows from none to σ_B,max pixels. The network sees and answers in pixels.
+Images have structure at many scales, and most of their power is in the coarse. Plain noise
+treats all scales alike. Blur does not: as heat spreads, the high frequencies (fine detail) fade
+first and the low ones last, so that the way back goes from coarse to fine. Inverse heat dissipation
+(IHDM) blurred an image and added a little noise of a fixed σ. Hoogeboom and Salimans (2022) saw
+that this is Gaussian diffusion. In the basis of the cosine transform blur multiplies each
+coefficient by a number d, and noise stays noise: u_t = d u_x + σ u_ε. So each coefficient is a
+diffusion with its own schedule; that σ is fixed is no matter, for only signal over noise counts.
+One of diffusion's formulas shows what IHDM lacked. The step back has a variance for each frequency
+and time; IHDM had one for all, and so is not right even in the limit of small steps. The paper's
+model joins a cosine noise schedule to a blur that grows from none to σ_B,max pixels. The network
+sees and answers in pixels.
 
     python blurring.py --train                       embedded shapes, minutes on two CPU cores
     python blurring.py --train --dataset cifar10     CIFAR-10, on a GPU
@@ -16,12 +18,13 @@ schedule to a blur that grows from none to σ_B,max pixels. The network sees and
 
     x, x̂₀    x0          [B, C, H, W]    the image, in [-1, 1], and the network's guess of it
     ε, ε̂     eps, eps_hat [B, C, H, W]   the noise, N(0, I), and the guess
-    v        v           [B, C, H, W]    a ε - σ x, what the network is asked for by default
+    v        v           [B, C, H, W]    a ε - σ x, by default what the network gives; a is a number
     t, s     t, s        [B]             times in [0, 1], with s < t
     z_t      z, zt       [B, C, H, W]    the blurred and noisy image, in pixels
     Vᵀ, V    dct, idct                   the orthonormal cosine transform and its inverse
     u_t      ut          [B, C, H, W]    Vᵀ z_t; likewise ux = Vᵀ x and u_eps = Vᵀ ε
-    λ        frequencies [H, W]          squared frequencies; a coefficient fades as e^(-λ σ²_B/2)
+    λ        frequencies [H, W]          squared frequencies; a coefficient fades as e^(-λ τ)
+    τ        tau         [B, 1, 1, 1]    σ²_B/2, how long heat spreads for a blur of width σ_B
     σ_B,t    sigma_blur  [B]             the blur's standard deviation in pixels
     d_t      d           [B, 1, H, W]    what the blur leaves of a coefficient, in [d_min, 1]
     a_t      a           [B, 1, 1, 1]    the noise schedule's signal, about cos(π t / 2)
@@ -99,7 +102,8 @@ def sigma_blur(t, sigma_blur_max=20.0, schedule="sin2"):
 
 
 def noise_schedule(t):
-    """(a_t, σ_t), each [B, 1, 1, 1]: a cosine schedule, with log(a²/σ²) from 10 to -10.
+    """(a_t, σ_t), each [B, 1, 1, 1]: a cosine schedule, with log(a²/σ²) from 10 to -10. As
+    a² + σ² = 1, at t = 1 a is .007, and z₁ is about N(0, I).
 
     As in Appendix A the angle is kept arctan(e⁻⁵) away from both ends. This rescales the log-SNR
     everywhere. Clipping it at ±10, as Sec. 4.1 can be read, would be another schedule.
@@ -113,8 +117,8 @@ def alpha_sigma(t, size, sigma_blur_max=20.0, schedule="sin2", d_min=0.001):
     """(α_t [B, 1, H, W], σ_t [B, 1, 1, 1]): the signal left of each frequency, and the noise.
 
     t: [B] in [0, 1]. size: S or (H, W). sigma_blur_max: in pixels, 0 for no blur. d_min: keeps d
-    from 0, because the way back divides by α, and so magnifies errors in fine detail. The last
-    three arguments are those that the functions below take as `blur`.
+    from 0, because the way back divides by α (in α_t/α_s, Eq. 16, 22 and 24), and so magnifies
+    errors in fine detail. The last three arguments are those that all below take as `blur`.
     """
     blurred = like_image(sigma_blur(t, sigma_blur_max, schedule))
     tau = blurred ** 2 / 2                                    # Appendix A has σ_t², wrongly
@@ -146,8 +150,9 @@ def predictor(net, predict="v", bf16=False, **blur):
 
     predict: "eps", the paper's; "x0"; or "v" = a ε - σ x₀ in pixels, of the scalar a. From x0 and
     from v both x̂₀ and ε̂ follow, by Eq. 21 in every frequency. From ε̂ alone x̂₀ would be
-    (u_t - σ û_ε)/α, which multiplies the network's error by σ/α: at t = 1 by 148 in the image's
-    mean, and by 148,000 in its finest detail. From v the error grows at most 4.6-fold.
+    (u_t - σ û_ε)/α, which multiplies the network's error by σ/α: at t = 1 by e⁵ = 148 in the mean
+    of the image, and by e⁵/d_min = 148,000 in its finest detail. v's error grows by σ/(a² d + σ²),
+    at 20 pixels 4.5-fold at most.
     """
 
     def model(z, t):
@@ -227,7 +232,8 @@ def ddim_step(ut, ux, t, s, eta=0.0, noise=0.0, **blur):
 
 
 def second_order(t, s, size, **blur):
-    """What is added to the deterministic step from t to s, if û_x changes by 1 a unit of time.
+    """What is added to the deterministic step from t to s, if û_x changes by 1 a unit of time. (Not
+    the paper's: a first reading can skip it.)
 
     The step itself holds û_x. Its path is d(u/σ) = u_x dρ with ρ = α/σ. A change of r - t at the
     time r adds σ_s ∫ (r - t) dρ from t to s. This is integrated by parts, and then numerically, by

@@ -1,15 +1,16 @@
 """Decoupled Diffusion Models: the image fades to zero while, independently, zero grows into noise.
 
 DDM (Huang et al. 2023), with its journal version ADM. Older models mix image and noise along one
-chain, and go back in many small steps. DDM adds two processes. The image is attenuated by a known
-function h_t, from x₀ at t = 0 to zero at t = 1; and a Wiener process √t ε grows from zero to noise.
-One network is taught both parts of x_t, not the noise alone: φ, the parameters of h_t, which give
-the image; and ε. The integral of h_t has a closed form, so one formula goes back by a step of any
-size s. A single step from t = 1 would do. But there x_t says nothing of the image, and so long a
-step adds no noise: its images are soft and all alike. Ten steps are better.
+chain, and go back by small, nearly Gaussian steps. DDM adds two processes. A known function h_t
+fades the image from x₀ at t = 0 to zero at t = 1; a Wiener process √t ε grows from zero to noise.
+One network is taught both parts of x_t: φ, the parameters of h_t, which give the image; and ε. Two
+parts with a target each are easier to learn, the papers argue, than noise deep in a mixture. And
+h_t has an integral in closed form. So, if x₀ is known, the way back is exactly Gaussian for a step
+of any size s. One step from t = 1 would do, but there x_t says nothing of the image, and so long a
+step has a variance, s (t - s)/t, of 0: its images are soft and alike. Ten steps are better.
 
     python ddm.py --train                        embedded shapes, minutes on two CPU cores
-    python ddm.py --train --dataset cifar10      CIFAR-10, an evening on a GPU
+    python ddm.py --train --dataset cifar10      CIFAR-10, on a GPU
     python ddm.py --sample --steps 10            from the newest run
 
     x₀      x0            [B, C, H, W]    the image, in [-1, 1]
@@ -17,14 +18,14 @@ step adds no noise: its images are soft and all alike. Ten steps are better.
     t       t             [B]             time in [0, 1]; the network sees none below δ = delta
     s       s             [B]             a step back in time, from t to r = t - s
     x_t     xt            [B, C, H, W]    x₀ + H_t + √t ε
-    φ       phi           [B, K·C, H, W]  parameters of h_t; if it is constant, K = 1 and φ = -x₀
+    φ       phi           [B, K·C, H, W]  h_t's parameters, K a value; if h_t is constant, φ = -x₀
     H_t     H             [B, C, H, W]    ∫₀ᵗ h_t dt: 0 at t = 0, -x₀ at t = 1
     λ₁, λ₂  loss_weights  [B]             weights of the two losses
 
-A hat is a guess by the network. Five choices are not the paper's; the flag in brackets undoes each:
+A hat is a guess. Five choices, measured in docs/ddm.md, are not the paper's; a flag undoes each:
 training times dense near t = 0 (--time-power 1), preconditioned outputs (--no-precondition),
 outputs corrected to add up to x_t (--heads raw), a multistep solver (--solver ddm, Algorithm 2),
-and small steps near t = 0 (--grid uniform). docs/ddm.md says what each of them measured.
+and small steps near t = 0 (--grid uniform).
 """
 
 import math
@@ -142,7 +143,7 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
 
 def preconditioned(x, first, last, keep, n, V, sigma_data):
     """As in EDM (Karras et al. 2022): the best linear guesses from x_t, and what the network adds.
-    For images of the deviation sigma_data both targets are one, of variance 1: one output will do.
+    Both outputs have one target, (keep σ_d ε - n x₀/σ_d)/√V, of variance 1 if the images' is σ_d².
     """
     phi = -keep * sigma_data ** 2 / V * x + sigma_data * n / V.sqrt() * first
     eps = n / V * x + keep * sigma_data / V.sqrt() * last
@@ -201,17 +202,16 @@ def reverse_step(xt, phi, eps, t, s, z, h="constant", noise="sqrt"):
 
 
 def ode_step(xt, phi, eps, t, r, h="constant", noise="sqrt"):
-    """The same process without fresh noise: φ̂ and ε̂ are held while time goes from t to r."""
+    """Along dx/dt = h_t + ε/(2√t) from t to r, φ̂ and ε̂ held; h constant: -x̂₀ + ε̂/(2√t)."""
     growth = like_image(std(r, noise) - std(t, noise))
     return xt + H(phi, r, h) - H(phi, t, h) + growth * eps
 
 
 def multistep(history, end):
-    """What a first-order step that ends at the flow time `end` lacks, for y = x/(image + noise).
+    """What a first-order step to the flow time `end` lacks, for y = x/(image + noise).
 
-    history: (flow time, x̂₀) of two or three calls, the newest first. Along the flow time τ the ODE
-    is dy/dτ = (y - x̂₀)/τ. A first-order step holds x̂₀ fixed. Here x̂₀ follows a line through two
-    calls, or a parabola through three; the integral has a closed form (docs/ddm.md).
+    history: 2 or 3 calls' (flow time, x̂₀), the newest first. In flow time dy/dτ = (y - x̂₀)/τ. The
+    step holds x̂₀; here it follows a line or a parabola through the calls, exactly (docs/ddm.md).
     """
     (tau0, x0), (tau1, x1), *older = history
     log = end * math.log(tau0 / end) if end else 0.0
@@ -381,15 +381,14 @@ def trained(run):
 def write_samples(run):
     """Pictures or single PNGs, drawn with the averaged weights."""
     model = trained(run)
-    steps = run.args.steps
     options = sampler(run)
     scale = SCALE.get(run.settings.h, 1)
 
     def walked(x1, generators):
-        for t, x, x0 in walk(model, x1, steps, generator=generators, **options):
+        for t, x, x0 in walk(model, x1, run.args.steps, generator=generators, **options):
             yield t, x / scale, x0 / scale
 
-    data.draw(run, walked, calls=steps, **options)
+    data.draw(run, walked, calls=run.args.steps, **options)
 
 
 @data.command

@@ -1,10 +1,12 @@
 """Every pixel its own schedule, and the whole way back from noise in one pass of the network.
 
-The paper (anonymous, under review, 2024) gives a pixel x₀ in (0, 1] a schedule by its brightness:
-at the end it keeps e^{-γ x₀} of its power. So all but dark pixels are noise after the same steps.
-The way back needs x₀ for its schedule. So a first network, a variational autoencoder G_θ, guesses
-the image scale x_δ = e^{-γ x₀}, which holds less detail than x₀. A second, R_φ, sees it and x_i,
-and predicts the noises of all T steps at once, by T heads on one U-Net. The rest is arithmetic.
+The paper (anonymous, under review, 2024) lets a bright pixel fade faster than a dark one, to have
+all at noise after the same steps: glasses are empty at once, if one pours the fuller faster. A
+pixel x₀ in (0, 1] ends with e^{-γ x₀} of its power; so dark ones come short. The way back needs x₀
+for its schedule. So a first network, a variational autoencoder G_θ, guesses the image scale x_δ =
+e^{-γ x₀}, which holds less detail than x₀. A second, R_φ, sees x_i and this guess: how noisy each
+pixel is, and roughly what is there. T heads on one U-Net predict the noises of all T steps at once
+(here, by way of the image, from which they follow). The rest is arithmetic.
 
     python pixel_aware.py --train                        embedded shapes, minutes on two CPU cores
     python pixel_aware.py --train --dataset cifar10      CIFAR-10, on a GPU
@@ -19,10 +21,10 @@ and predicts the noises of all T steps at once, by T heads on one U-Net. The res
     ε̃_j       eps             [B, m, C, H, W]  the noise in x_j, all of one trajectory
     Z^j       Z               [B, T, C, H, W]  the heads' estimates of them: Z[:, j-1] is Z^j
 
-Algorithm 1 does not reconstruct an image, not even from its true noises: `reverse_walk` says why.
-The default goes by conditional means. The paper's choices: --solver literal (with ᾱ for α in line
-9), --grid uniform, --predict eps, --scale delta, --vae denoising, --average heads,
---heads-per-step 500. docs/pixel_aware.md says what each of them measured.
+Algorithm 1 does not reconstruct an image, not even from its true noises (see `reverse_walk`). So
+the default goes by conditional means. The paper's choices, measured in docs/pixel_aware.md, are
+--solver literal (with ᾱ for α in line 9), --grid uniform, --predict eps, --scale delta,
+--vae denoising, --average heads and --heads-per-step 500.
 """
 
 import math
@@ -115,8 +117,8 @@ def diffuse(x0, eps, i, gamma, T):
 def trajectory_noise(x0, gamma, T, generator=None, times=None):
     """ε̃_1 ... ε̃_T of one trajectory: what all the heads learn. -> [B, T, C, H, W]
 
-    x_j/√ᾱ_j = x₀ + √u_j ε̃_j with u_j = (1 - ᾱ_j)/ᾱ_j, and √u_j ε̃_j is a Wiener process at u_j. So
-    for i < j, ε̃_i and ε̃_j correlate by √(u_i/u_j). times: only these, [m] or [B, m], rising.
+    x_j/√ᾱ_j = x₀ + √u_j ε̃_j with u_j = (1 - ᾱ_j)/ᾱ_j. √u_j ε̃_j is a sum of independent steps, of
+    variance u_j. So corr(ε̃_i, ε̃_j) = √(u_i/u_j), i < j. times: only these, [m] or [B, m], rising.
     """
     if times is None:
         times = torch.arange(1, T + 1, device=x0.device)
@@ -326,7 +328,7 @@ SPREAD = {"image": 0.1, "delta": 0.3}          # about the error of x̂_δ's ima
 
 
 def guess(xi, rate, i, x0, spread):
-    """(mean, standard deviation) of x₀ given x_i, if it is N(x0, spread²) and fades by `rate`."""
+    """(mean, std) of x₀ given x_i, if x₀ ~ N(x0, spread²): the heads have to name only the rest."""
     kept_i = kept(rate, i)
     added_i = added(rate, i)
     both = kept_i * spread ** 2 + added_i
@@ -384,22 +386,21 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
 
 # ---------------------------------------------------------------------------------------- 4 sampler
 
-def reverse_walk(xi, i, x_delta, Z, T, mode="mean", generator=None, *, grid="uniform", noise=True):
+def reverse_walk(xi, n, x_delta, Z, T, mode="mean", generator=None, *, grid="uniform", noise=True):
     """From x_i to x̂₀ by the T noises that one pass has named. Yields (j, x̂_j, x̂₀) before step j,
-    and (0, image, image) at last. i: the number of the first step, or one for each image, [B].
+    and (0, image, image) at last. n: how many steps there are to go, a number or [B].
 
     mode "literal": Algorithm 1, with ᾱ under the root of line 9, where α is printed. Each Z^j was
     made for the forward path's x_j, and nothing brings x̂_j back to it: with the true ε̃_j it ends
     √(2(e^{γ x₀} - 1)) away from the image (√(e^{γ x₀} - 1) without fresh noise). But a squared
-    error teaches Z^j = E[ε̃_j | x_i, x₀], and by these, without noise, it ends at the image. mode
-    "mean" is that, by way of an x̂₀ that is kept in [LOW, 1].
+    error teaches Z^j = E[ε̃_j | x_i, x̂_δ]; by these, without noise, it ends at the image, if x̂_δ
+    is right. mode "mean" is that, with x̂₀ kept in [LOW, 1].
     """
     if mode not in ("mean", "literal"):
         raise ValueError(f"there is no mode {mode}")
     x = xi
     rate = rate_of(x_delta, T)
-    first = int(torch.as_tensor(i).max())
-    for j in range(first, 0, -1):
+    for j in range(int(torch.as_tensor(n).max()), 0, -1):
         here = place(j, T, grid)
         there = place(j - 1, T, grid)
         z = Z[:, j - 1]
@@ -414,7 +415,7 @@ def reverse_walk(xi, i, x_delta, Z, T, mode="mean", generator=None, *, grid="uni
             y = y / kept(rate, step).sqrt()                                            # Eq. 4
             if noise:
                 y = y + variance.sqrt() * data.randn(y, generator)                     # Eq. 6
-        x = torch.where(like_image(i) >= j, y, x) if torch.is_tensor(i) else y
+        x = torch.where(like_image(n) >= j, y, x) if torch.is_tensor(n) else y
     yield 0, x, x
 
 
@@ -523,7 +524,7 @@ def precise(net, bf16):
 
 FLAGS = dict(
     T=(200, "steps of the trajectory, and heads of R", (1, 5000)),
-    gamma=(20.0, "γ, how fast pixels fade", (1, 80)),
+    gamma=(20.0, "γ: more fades darker pixels, and magnifies errors in bright ones", (1, 80)),
     grid=("quadratic", "the steps: dense near the image, or even as in the paper", tuple(GRIDS)),
     heads_per_step=(20, "heads trained a step, drawn at random; at most T", (2,)),
     average=("examples", "the heads' losses: by example, or by head", ("examples", "heads")),
@@ -593,14 +594,13 @@ def wide(x):
 
 def write_samples(run):
     """Pictures or single PNGs, drawn with the averaged weights."""
-    passes = run.args.steps
     options = sampler(run)
     G, R = trained(run)
 
     def walked(x1, generators):
-        return walk(G, R, wide(x1), passes, generator=generators, **options)
+        return walk(G, R, wide(x1), run.args.steps, generator=generators, **options)
 
-    data.draw(run, walked, 2 * passes, looks=options["T"], **options)
+    data.draw(run, walked, 2 * run.args.steps, looks=options["T"], **options)
 
 
 @data.command
