@@ -140,7 +140,7 @@ def transition(t, s, size, **blur):
     alpha_t, sigma_t = alpha_sigma(t, size, **blur)
     alpha_s, sigma_s = alpha_sigma(s, size, **blur)
     alpha_ts = alpha_t / alpha_s                                                       # Eq. 16
-    return alpha_ts, sigma_t ** 2 - alpha_ts ** 2 * sigma_s ** 2      # Eq. 16; A.1: σ_s², not σ_t²
+    return alpha_ts, sigma_t ** 2 - alpha_ts ** 2 * sigma_s ** 2      # Eq. 16; A.1: σ_s² for σ_t²
 
 
 # ------------------------------------------------------------------------------------------- 3 loss

@@ -6,8 +6,8 @@ fades the image from x₀ at t = 0 to zero at t = 1; a Wiener process √t ε gr
 One network is taught both parts of x_t: φ, the parameters of h_t, which give the image; and ε. Two
 parts with a target each are easier to learn, the papers argue, than noise deep in a mixture. And
 h_t has an integral in closed form. So, if x₀ is known, the way back is exactly Gaussian for a step
-of any size s. One step from t = 1 would do, but there x_t says nothing of the image, and so long a
-step has a variance, s (t - s)/t, of 0: its images are soft and alike. Ten steps are better.
+of any size s. One step from t = 1 would do. The papers take ten, for at t = 1 x_t tells nothing of
+the image, and one long step adds no noise (its variance is s (t - s)/t): images are soft and alike.
 
     python ddm.py --train                        embedded shapes, minutes on two CPU cores
     python ddm.py --train --dataset cifar10      CIFAR-10, on a GPU
@@ -100,7 +100,7 @@ def times(steps, grid="flow", delta=1e-3):
 # ---------------------------------------------------------------------------------------- 2 forward
 
 def diffuse(x0, phi, eps, t, h="constant", noise="sqrt"):
-    """x_t: the faded image and the grown noise."""
+    """x_t: the faded image and the grown noise. If h_t is constant: (1 - t) x₀ + √t ε."""
     return x0 + H(phi, t, h) + like_image(std(t, noise)) * eps                         # Eq. 6, 7
 
 
@@ -143,7 +143,8 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
 
 def preconditioned(x, first, last, keep, n, V, sigma_data):
     """As in EDM (Karras et al. 2022): the best linear guesses from x_t, and what the network adds.
-    Both outputs have one target, (keep σ_d ε - n x₀/σ_d)/√V, of variance 1 if the images' is σ_d².
+    Given x_t, φ tells ε. So both outputs have one target, (keep σ_d ε - n x₀/σ_d)/√V, of variance 1
+    if the images' is σ_d². (Two outputs, of two decoders, are better still: docs/ddm.md.)
     """
     phi = -keep * sigma_data ** 2 / V * x + sigma_data * n / V.sqrt() * first
     eps = n / V * x + keep * sigma_data / V.sqrt() * last

@@ -1,8 +1,8 @@
 """Every pixel its own schedule, and the whole way back from noise in one pass of the network.
 
 The paper (anonymous, under review, 2024) lets a bright pixel fade faster than a dark one, to have
-all at noise after the same steps: glasses are empty at once, if one pours the fuller faster. A
-pixel x₀ in (0, 1] ends with e^{-γ x₀} of its power; so dark ones come short. The way back needs x₀
+all at noise at the same time, as one empties glasses together by pouring the fuller faster. A pixel
+x₀ in (0, 1] ends with e^{-γ x₀} of its power; dark ones stay short of noise. The way back needs x₀
 for its schedule. So a first network, a variational autoencoder G_θ, guesses the image scale x_δ =
 e^{-γ x₀}, which holds less detail than x₀. A second, R_φ, sees x_i and this guess: how noisy each
 pixel is, and roughly what is there. T heads on one U-Net predict the noises of all T steps at once
