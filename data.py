@@ -236,8 +236,7 @@ def shapes(n, size, seed=0, ground=(16, 20, 40), colours=COLOURS):
         x, y = big / 2 + big * random.uniform(-0.1, 0.1, 2)
         fill = colours[random.integers(len(colours))]
         shape = ("disk", "ring", "square", "triangle", "cross")[i % 5]
-        image = Image.new("RGB", (big, big), ground)
-        canvas = ImageDraw.Draw(image)
+        canvas = ImageDraw.Draw(image := Image.new("RGB", (big, big), ground))
         if shape in ("disk", "ring"):
             canvas.circle((x, y), r, fill if shape == "disk" else None, fill, round(0.4 * r))
         elif shape == "triangle":
@@ -352,11 +351,13 @@ class Run:
         s, first = self.settings, self.checkpoint["step"] if self.checkpoint else 0
         parts = dict(model=net, ema=ema, optimizer=optimizer)
         if first >= s.iterations:
-            say(f"{self.directory} has had its {first} steps: a larger --iterations trains on")
-            return
+            return say(f"{self.directory} has had its {first} steps: more --iterations train on")
         if self.checkpoint:
             self.restore(**parts)
-        lock = own(self.directory / ".lock") if self.rank == 0 else None      # until the loop ends
+        if self.rank == 0:
+            lock = own(self.directory / ".lock")              # until the loop ends
+            size = sum(weight.numel() for weight in net.parameters()) / 1e6
+            say(f"{self.directory}: {size:.1f} M weights, {s.iterations} steps, on {self.device}")
         before = {number: signal.signal(number, self.caught) for number in STOPS
                   if signal.getsignal(number) != signal.SIG_IGN}                # as nohup has it
         self.stop = 0                                         # or the signal that asks to
@@ -438,10 +439,9 @@ class Run:
 
 def average(ema, net, decay, step):
     """Move the average of the weights on. It is short at first, for the first weights are bad."""
-    decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for mean, weight in zip(ema.parameters(), net.parameters()):
-            mean.lerp_(weight, 1 - decay)
+    share = max(1 - decay, 9 / (10 + step))
+    for mean, weight in zip(ema.parameters(), net.parameters()):
+        mean.data.lerp_(weight.data, share)
 
 
 def own(file):
