@@ -15,7 +15,7 @@ pixel is, and roughly what is there. T heads on one U-Net predict the noises of 
     x₀        x0              [B, C, H, W]     the image, here in [LOW, 1], elsewhere in [-1, 1]
     x_i       xi, x           [B, C, H, W]     the noisy image at step i
     x_δ, x̂_δ  x_delta, scale  [B, C, H, W]     the image scale e^{-γ x₀}, and G_θ's estimate of it
-    α, ᾱ_i    alpha, alpha_bar[B, C, H, W]     x_δ^{1/T}, x_δ^{i/T}; rate = -ln α = γ x₀/T
+    -ln α     rate            [B, C, H, W]     γ x₀/T, so that α = x_δ^{1/T}; its `kept` is ᾱ_i
     j, T      j, T            whole numbers    the trajectory's steps, 1 ... T
     i         i, times        numbers, [B]     where a step lies, i = place(j); t = i/T
     ε̃_j       eps             [B, m, C, H, W]  the noise in x_j, all of one trajectory
@@ -41,6 +41,7 @@ import unet
 
 LOW = 4e-3                                     # the smallest pixel value: one of 0 would never fade
 GRIDS = {"quadratic": 2, "uniform": 1}         # step j lies at i = T (j/T)^p
+SPREAD = {"image": 0.1, "delta": 0.3}          # about the error of x̂_δ's image in training
 
 
 def like_image(i):
@@ -71,23 +72,13 @@ def x_delta(x0, gamma):
 
 
 def rate_of(x_delta, T):
-    """-ln α = γ x₀/T, from the image scale."""
-    return -x_delta.log() / T
-
-
-def alpha(x_delta, T):
-    """α: the share of its power that a pixel keeps in a step, the same in every step."""
-    return torch.exp(-rate_of(x_delta, T))                                             # Eq. 8
-
-
-def alpha_bar(x_delta, i, T):
-    """ᾱ_i = α^i. i: a number or [B], from 0 to T, whole or not."""
-    return kept(rate_of(x_delta, T), i)                                                # Eq. 9
+    """-ln α = γ x₀/T, where α = x_δ^{1/T} is what a pixel keeps of its power in each step."""
+    return -x_delta.log() / T                                                          # Eq. 8
 
 
 def kept(rate, i):
-    """ᾱ_i, the share of its power that a pixel keeps in i steps."""
-    return torch.exp(rate * like_image(-i))                   # one kernel fewer than -rate * i
+    """ᾱ_i = α^i, what a pixel keeps of its power. i: a number or [B], from 0 to T, whole or not."""
+    return torch.exp(rate * like_image(-i))                                            # Eq. 9
 
 
 def added(rate, i):
@@ -195,9 +186,9 @@ class Encoder(nn.Module):
 class ScaleVAE(nn.Module):
     """G_θ: from x_i the image scale, or the image, by way of a code [B, code]; and the code's KL.
 
-    The code is some random numbers that say which image it is. The paper's is made of x_i alone: at
-    i = T it knows nothing. In a conditional VAE it is drawn, in training, from x_i and the truth;
-    the KL divergence draws a prior, which sees x_i alone, near to it, and sampling uses the prior.
+    The code is random numbers that say which image it is. The paper's is made of x_i alone, so at T
+    it knows nothing. A conditional VAE's is drawn of x_i and the truth in training; the KL pulls a
+    prior, which sees x_i alone, near to it, for sampling.
     """
 
     def __init__(self, channels, size, width, code, conditional):
@@ -240,10 +231,7 @@ class ScaleVAE(nn.Module):
 
 
 class Heads(nn.Module):
-    """T small networks side by side: features [B, c, H, W] -> [B, m, C, H, W] of `heads` [m].
-
-    The paper's have two blocks with self-attention: T (HW)² weights, .8 GB an image of CIFAR-10.
-    """
+    """T small networks side by side: features [B, c, H, W] -> [B, m, C, H, W] of `heads` [m]."""
 
     def __init__(self, c_in, channels, T):
         super().__init__()
@@ -307,11 +295,7 @@ class PixelAware(nn.Module):
         self.parallel = ParallelUNet(a)
 
     def forward(self, xi, t, z, truth, heads):
-        """For training: (the VAE's raw output, its KL, x̂_δ, the heads' raw outputs).
-
-        x̂_δ passes no gradient on. In training the conditional VAE's code has seen the truth, in
-        sampling not: so R_φ learns to trust x̂_δ more than it should.
-        """
+        """(The VAE's raw output, its KL, x̂_δ, the heads' outputs). x̂_δ passes no gradient on."""
         raw, kl = self.vae(xi, t, z, truth)
         scale = read_scale(raw.detach(), self.of.scale, self.of.gamma)
         return raw, kl, scale, self.parallel(xi, scale, t, heads)
@@ -322,9 +306,6 @@ def read_scale(raw, scale, gamma):
     if scale == "image":
         return x_delta(raw.clamp(LOW, 1), gamma)
     return raw.clamp(math.exp(-gamma), math.exp(-gamma * LOW))
-
-
-SPREAD = {"image": 0.1, "delta": 0.3}          # about the error of x̂_δ's image in training
 
 
 def guess(xi, rate, i, x0, spread):
@@ -357,9 +338,9 @@ def head_weights(i, times, average="examples"):
     """[B, m], to weigh each example's mean over its active heads, or ("heads") each head's mean."""
     active = (times <= i[:, None]).float()
     if average == "examples":
-        return active / active.sum(1, keepdim=True).clamp(min=1)
+        return active / active.sum(1, keepdim=True)
     count = active.sum(0)
-    return active / count.clamp(min=1) * len(i) / (count > 0).sum().clamp(min=1)
+    return active / count.clamp(min=1) * len(i) / (count > 0).sum()
 
 
 def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", predict="x0",
@@ -373,8 +354,7 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
     raw, divergence, shown, outputs = model(xi, i / T, z, truth, heads)
     if predict == "x0":
         rate = rate_of(shown, T)
-        image = rate * T / gamma
-        mean, std = guess(xi, rate, i, image, SPREAD[scale])
+        mean, std = guess(xi, rate, i, rate * T / gamma, SPREAD[scale])
         target = (x0 - mean) / std
         eps = target[:, None]
     error = (outputs - eps).square().flatten(2).mean(2)                                # Eq. 15
@@ -388,7 +368,7 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
 
 def reverse_walk(xi, n, x_delta, Z, T, mode="mean", generator=None, *, grid="uniform", noise=True):
     """From x_i to x̂₀ by the T noises that one pass has named. Yields (j, x̂_j, x̂₀) before step j,
-    and (0, image, image) at last. n: how many steps there are to go, a number or [B].
+    and (0, image, image) at last. n: how many steps there are to go.
 
     mode "literal": Algorithm 1, with ᾱ under the root of line 9, where α is printed. Each Z^j was
     made for the forward path's x_j, and nothing brings x̂_j back to it: with the true ε̃_j it ends
@@ -400,7 +380,7 @@ def reverse_walk(xi, n, x_delta, Z, T, mode="mean", generator=None, *, grid="uni
         raise ValueError(f"there is no mode {mode}")
     x = xi
     rate = rate_of(x_delta, T)
-    for j in range(int(torch.as_tensor(n).max()), 0, -1):
+    for j in range(n, 0, -1):
         here = place(j, T, grid)
         there = place(j - 1, T, grid)
         z = Z[:, j - 1]
@@ -415,7 +395,7 @@ def reverse_walk(xi, n, x_delta, Z, T, mode="mean", generator=None, *, grid="uni
             y = y / kept(rate, step).sqrt()                                            # Eq. 4
             if noise:
                 y = y + variance.sqrt() * data.randn(y, generator)                     # Eq. 6
-        x = torch.where(like_image(n) >= j, y, x) if torch.is_tensor(n) else y
+        x = y
     yield 0, x, x
 
 
@@ -426,31 +406,51 @@ def reverse(*arguments, **options):
     return x
 
 
+def shares(rate, i):
+    """(m, n, τ): x_i has m of the image and n of the noise; its flow time is τ = n/(m + n)."""
+    m = kept(rate, i).sqrt()
+    n = added(rate, i).sqrt()
+    return m, n, n / (m + n)
+
+
+def jump(xi, x0, i, s, rate, last=None):
+    """From x_i to x_s, s < i, by x̂₀: the noise in x_i stays what it is, as in DDIM. last: (i, x̂₀)
+    of the pass before. Given it, x̂₀ follows a line in flow time (docs/ddm.md), each pixel its own.
+    """
+    m, n, tau = shares(rate, i)
+    m_s, n_s, end = shares(rate, s)
+    x = m_s * x0 + n_s / n * (xi - m * x0)
+    if last:
+        _, _, before = shares(rate, last[0])
+        slope = (x0 - last[1]) / (tau - before)
+        log = torch.xlogy(end, tau / end)
+        gain = slope * (log - (tau - end))
+        x = x + (m_s + n_s) * gain
+    return x
+
+
 @torch.no_grad()
-def walk(G, R, x, passes=1, *, gamma, T, mode="mean", generator=None, grid="uniform", noise=True):
+def walk(G, R, x, passes=1, *, gamma, T, mode="mean", generator=None, grid="uniform"):
     """From x_T [B, C, H, W] to an image in [-1, 1], by `passes` calls of G(x_i, t, generator), the
     x̂_δ, and of R(x_i, x̂_δ, t), the Z. Yields (t, x, x̂₀) T times, and (0, image, image) at last.
 
-    One pass in mode "literal" is Algorithm 1. Of several, each jumps from its x̂₀ to the next one's
-    x_s, by q(x_s | x_i, x̂₀). Raises ValueError.
+    One pass in mode "literal" is Algorithm 1. Between two passes is a `jump`. Raises ValueError.
     """
-    check_passes(passes, T, grid)
-    stops = [round(T * (1 - k / passes)) for k in range(passes + 1)]
+    stops = pass_stops(passes, T, grid)
+    last = None
     for j, s in zip(stops, stops[1:]):
         i = place(j, T, grid)
         t = x.new_full((len(x),), i / T)
         scale = G(x, t, generator)
         Z = R(x, scale, t)
-        back = reverse_walk(x, j, scale, Z, T, mode, generator, grid=grid, noise=noise)
+        back = reverse_walk(x, j, scale, Z, T, mode, generator, grid=grid)
         for k, y, x0 in back:
             if k > s:
                 yield place(k, T, grid) / T, from_pixels(y), from_pixels(x0)
-        if s == 0:
-            x = from_pixels(y)
-        else:
-            x0 = y.clamp(LOW, 1)
-            mean, variance = posterior(x, x0, gamma / T * x0, i, place(s, T, grid))
-            x = mean + variance.sqrt() * data.randn(x, generator)
+        x0 = y.clamp(LOW, 1)
+        x = jump(x, x0, i, place(s, T, grid), gamma / T * x0, last)
+        last = i, x0
+    x = from_pixels(x.clamp(LOW, 1))
     yield 0.0, x, x
 
 
@@ -461,10 +461,11 @@ def sample(G, R, x, passes=1, **options):
     return x
 
 
-def check_passes(passes, T, grid):
-    """Raise ValueError for what cannot be."""
+def pass_stops(passes, T, grid):
+    """The steps j that passes begin at, and 0: dense near the image. Raises ValueError."""
     if not 1 <= passes <= T or grid not in GRIDS:
         raise ValueError(f"a {grid} trajectory of {T} steps has no {passes} passes")
+    return [max(round(T * (k / passes) ** 2), k) for k in range(passes, -1, -1)]
 
 
 # --------------------------------------------------------------------------------------- 5 training
@@ -476,13 +477,12 @@ def train(run):
     net, ema = run.networks(PixelAware, network(s, images.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
     model = precise(run.parallel(net), run.bf16)
-    m = min(s.heads_per_step, s.T)
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
         x0 = to_pixels(data.batch(images, s.batch_size, g))
         j = torch.randint(1, s.T + 1, (len(x0),), generator=g, device=g.device)
         i = place(j.float(), s.T, s.grid)
-        heads = draw_heads(m, s.T, g)
+        heads = draw_heads(min(s.heads_per_step, s.T), s.T, g)
         times = place(heads.float(), s.T, s.grid)
         learned = times if s.predict == "eps" else times[:0]
         eps_i, eps = draw_trajectory(x0, i, learned, s.gamma, s.T, g)
@@ -583,7 +583,7 @@ def trained(run):
 def sampler(run):
     """walk's options, as asked for or by default. Raises ValueError for what cannot be."""
     s = run.settings
-    check_passes(run.args.steps, s.T, s.grid)
+    pass_stops(run.args.steps, s.T, s.grid)
     return dict(mode=run.args.solver, gamma=s.gamma, T=s.T, grid=s.grid)
 
 

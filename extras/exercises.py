@@ -153,7 +153,7 @@ def test_pixel_aware_2_every_part_has_the_same_rate():
     T = 9
     eps = pixel_aware.trajectory_noise(x0, 20.0, T, seeded(3))
     z = randn(T, 1, 2, 2, seed=3)
-    alpha = pixel_aware.alpha(pixel_aware.x_delta(x0, 20.0), T)
+    alpha = pixel_aware.x_delta(x0, 20.0) ** (1 / T)
     x = x0
     for i in range(T):
         x = alpha.sqrt() * x + (1 - alpha).sqrt() * z[i]
@@ -162,26 +162,29 @@ def test_pixel_aware_2_every_part_has_the_same_rate():
     assert pixel_aware.snr(full(0.004), 1.0, 20.0) < 1e-6
 
 
-def test_pixel_aware_3_jump_keeps_the_noise():
-    """Between passes the noise in x_i stays what it is."""
+def test_pixel_aware_3_jump_forgets():
+    """Every pass but the first begins at a draw of q(x_s | x_i, x̂₀)."""
     x0 = rand(2, 1, 4, 4, low=0.004)
     T = 40
     rate = 20 / T * x0
     seen = []
 
     def G(x, t, generator):
-        i = T * t[0]
-        kept = pixel_aware.kept(rate, i)
-        seen.append((x - kept.sqrt() * x0) / (1 - kept).sqrt())
+        seen.append((T * t[0].item(), x))
         return torch.exp(-20 * x0)
 
     def R(x, scale, t):
-        return pixel_aware.expected_noise(seen[-1], T * t[0], torch.arange(1, T + 1), rate)
+        kept = pixel_aware.kept(rate, T * t[0])
+        eps = (x - kept.sqrt() * x0) / (1 - kept).sqrt()
+        return pixel_aware.expected_noise(eps, T * t[0], torch.arange(1, T + 1), rate)
 
-    pixel_aware.sample(G, R, randn(2, 1, 4, 4), 5, gamma=20.0, T=T)
+    pixel_aware.sample(G, R, randn(2, 1, 4, 4), 5, gamma=20.0, T=T, generator=seeded(3))
+    g = seeded(3)
     assert len(seen) == 5
-    for eps in seen:
-        close(eps, seen[0], 1e-8)
+    for (i, x), (s, y) in zip(seen, seen[1:]):
+        mean, variance = pixel_aware.posterior(x, x0, rate, i, s)
+        z = torch.randn(x.shape, generator=g, dtype=x.dtype)
+        close(y, mean + variance.sqrt() * z, 1e-8)
 
 
 def test_pixel_aware_4_line_9_as_printed_wants_the_steps_own_noises():
@@ -190,7 +193,7 @@ def test_pixel_aware_4_line_9_as_printed_wants_the_steps_own_noises():
     x0 = 0 * randn(1, 1, 32, 32) + 0.25
     z = randn(1, T, 1, 32, 32)
     scale = pixel_aware.x_delta(x0, 20.0)
-    alpha = pixel_aware.alpha(scale, T)
+    alpha = scale ** (1 / T)
     x = x0
     for j in range(T):
         x = alpha.sqrt() * x + (1 - alpha).sqrt() * z[:, j]

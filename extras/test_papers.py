@@ -451,7 +451,7 @@ def test_pixel_aware_dark_pixels_do_not_end_at_white_noise():
     x0 = torch.tensor([0.004, 0.05, 0.1, 0.25]).view(4, 1, 1, 1)
     xT = pixel_aware.diffuse(x0, 1j, 200, 20, 200)
     close(xT.imag.flatten(), [0.277, 0.795, 0.930, 0.9966], 1e-3)
-    bar = pixel_aware.alpha_bar(kept(0.09 * PIXEL, 50), 500, 500)
+    bar = pixel_aware.kept(50 / 500 * 0.09 * PIXEL, 500)
     assert bar > ddpm(500)[-1]
 
 
@@ -546,10 +546,10 @@ def test_pixel_aware_heads_mean_in_sampling_what_training_taught(predict, scale)
         close(Z[:, 4], (xi - bar.sqrt() * x0) / (1 - bar).sqrt(), 1e-6)
 
 
-@pytest.mark.parametrize("passes, share", ((1, 0.391), (2, 0.459), (10, 0.499)))
-def test_pixel_aware_exact_networks_draw_the_data_from_a_forwarded_start(passes, share):
+@pytest.mark.parametrize("jumps, share", ((0, 0.391), (1, 0.37), (9, 0.36)))
+def test_pixel_aware_exact_networks_draw_the_data_from_a_forwarded_start(jumps, share):
     """Half of the pixels are dark. From N(0, I), as in the paper, they come too rarely: .391 is by
-    quadrature; passes forget the start. Catches a biased jump, and x_T taken for white noise.
+    quadrature; jumps keep this. Catches a biased jump, and x_T taken for white noise.
     """
     two = torch.tensor([0.01, 0.6], dtype=torch.float64)
     g = seeded(7)
@@ -561,24 +561,71 @@ def test_pixel_aware_exact_networks_draw_the_data_from_a_forwarded_start(passes,
         odds = law.log_prob(x[..., None]).softmax(-1)
         return odds[..., 0]
 
-    def G(x, t, g):
-        drawn = torch.rand(x.shape, generator=g, dtype=x.dtype)
-        bright = drawn > dark(x, t[0])
-        return kept(two[bright.long()], 20)
+    def drawn(x, t):
+        """x₀ given x_t, at random."""
+        odds = torch.rand(x.shape, generator=g, dtype=x.dtype)
+        return two[(odds > dark(x, t)).long()]
 
     noise = randn(1, 1, 200, 200)
     bright = rand(1, 1, 200, 200, seed=1) > 0
     forwarded = pixel_aware.diffuse(two[bright.long()], noise, 1, 20, 1)
-    for start, part in ((forwarded, 0.5), (noise, share)):
-        image = pixel_aware.sample(
-            G, knowing(50), start, passes, gamma=20, T=50, generator=g)
-        values = pixel_aware.to_pixels(image)
-        off = (values - 0.01).abs().minimum((values - 0.6).abs())
-        close(off, 0, 1e-6)
-        close((values < 0.3).double().mean(), part, 0, 0.01)
+    for x, part in ((forwarded, 0.5), (noise, share)):
+        stops = np.linspace(1, 0, jumps + 2)
+        for t, s in zip(stops, stops[1:-1]):
+            x0 = drawn(x, t)
+            x = pixel_aware.jump(x, x0, t, s, 20 * x0)
+        close((drawn(x, stops[-2]) < 0.3).double().mean(), part, 0, 0.01)
     x = torch.linspace(-6, 6, 20001).double()
     density = (-x ** 2 / 2).softmax(0)
     close(dark(x, 1) @ density, 0.391, 1e-3)
+
+
+@pytest.mark.parametrize("s", (15, 2, 1e-9))
+def test_pixel_aware_jumps_are_exact_if_x0_is_linear_in_flow_time(s):
+    """x/σ grows by x̂₀ d(√ᾱ/σ), here in 5,000 steps. Catches a slope of another sign or scale, and a
+    last step to s = 0 that is not the limit of steps to s > 0.
+    """
+    rate = rand(2, 1, 3, 3, low=0.004) / 4
+    x = xi = randn(2, 1, 3, 3)
+
+    def image(i):
+        return kept(rate, 1, i).sqrt()
+
+    def noise(i):
+        return (1 - kept(rate, 1, i)).sqrt()
+
+    def x0(i):
+        return 0.5 + 0.3 * noise(i) / (image(i) + noise(i))
+
+    path = (20 - s) * np.linspace(1, 0, 5001) ** 3 + s
+    for a, b in zip(path, path[1:]):
+        x = x * noise(b) / noise(a)
+        grown = image(b) / noise(b) - image(a) / noise(a)
+        x = x + noise(b) * grown * (x0(a) + x0(b)) / 2
+    to = s if s > 1e-6 else 0
+    last = 24, x0(24)
+    close(pixel_aware.jump(xi, x0(20), 20, to, rate, last), x, 1e-4)
+    assert (pixel_aware.jump(xi, x0(20), 20, to, rate) - x).abs().max() > 1e-3
+
+
+def test_pixel_aware_each_jump_knows_the_pass_before(monkeypatch):
+    """Its i and x̂₀, and the rate by its own x̂₀. Catches a memory of the wrong pass, or of none."""
+    jumps = []
+
+    def record(xi, x0, i, s, rate, last):
+        jumps.append((x0, i, s, rate, last))
+        return xi / 2
+
+    monkeypatch.setattr(pixel_aware, "jump", record)
+    G = lambda x, t, z: torch.exp(-20 * (x.abs() / 9 + 0.01))
+    image = pixel_aware.sample(G, knowing(40), randn(2, 1, 4, 4), 5, gamma=20, T=40)
+    close(image.min(), -1)                                    # no pixel below LOW
+    before = None
+    for (x0, i, s, rate, last), (at, to) in zip(jumps, ((40, 26), (26, 14), (14, 6), (6, 2), (2, 0))):
+        assert (i, s) == (at, to)
+        close(rate, x0 / 2)
+        assert last == before or (last[0] == before[0] and torch.equal(last[1], before[1]))
+        before = i, x0
 
 
 # -------------------------------------------------------------------------------- sizes of networks
