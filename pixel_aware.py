@@ -430,18 +430,20 @@ def jump(xi, x0, i, s, rate, last=None):
 
 
 @torch.no_grad()
-def walk(G, R, x, passes=1, *, gamma, T, mode="mean", generator=None, grid="uniform"):
-    """From x_T [B, C, H, W] to an image in [-1, 1], by `passes` calls of G(x_i, t, generator), the
-    x̂_δ, and of R(x_i, x̂_δ, t), the Z. Yields (t, x, x̂₀) T times, and (0, image, image) at last.
+def walk(G, R, x, passes=1, *, gamma, T, code=1, mode="mean", generator=None, grid="uniform"):
+    """From x_T [B, C, H, W] to an image in [-1, 1], by `passes` calls of G(x_i, t, z), for x̂_δ,
+    and R(x_i, x̂_δ, t), for Z. Yields (t, x, x̂₀) T times, and (0, image, image) at last.
 
-    One pass in mode "literal" is Algorithm 1. Between two passes is a `jump`. Raises ValueError.
+    One pass in mode "literal" is Algorithm 1. Between two passes is a `jump`. z is N(0, I),
+    [B, code], one for all passes. Raises ValueError.
     """
     stops = pass_stops(passes, T, grid)
+    z = data.randn(x.new_zeros(len(x), code, dtype=torch.float32), generator)
     last = None
     for j, s in zip(stops, stops[1:]):
         i = place(j, T, grid)
         t = x.new_full((len(x),), i / T)
-        scale = G(x, t, generator)
+        scale = G(x, t, z)
         Z = R(x, scale, t)
         back = reverse_walk(x, j, scale, Z, T, mode, generator, grid=grid)
         for k, y, x0 in back:
@@ -562,9 +564,7 @@ def trained(run):
     parallel = precise(net.parallel, run.bf16)
     heads = torch.arange(1, a.T + 1, device=run.device)
 
-    def G(xi, t, generator):
-        like = xi.new_zeros(len(xi), a.code, dtype=torch.float32)
-        z = data.randn(like, generator)
+    def G(xi, t, z):
         raw, _ = vae(xi.float(), t.float(), z)
         return read_scale(raw.to(xi.dtype), a.scale, a.gamma)
 
@@ -584,7 +584,7 @@ def sampler(run):
     """walk's options, as asked for or by default. Raises ValueError for what cannot be."""
     s = run.settings
     pass_stops(run.args.steps, s.T, s.grid)
-    return dict(mode=run.args.solver, gamma=s.gamma, T=s.T, grid=s.grid)
+    return dict(mode=run.args.solver, gamma=s.gamma, T=s.T, code=s.code, grid=s.grid)
 
 
 def wide(x):

@@ -169,7 +169,7 @@ def test_pixel_aware_3_jump_forgets():
     rate = 20 / T * x0
     seen = []
 
-    def G(x, t, generator):
+    def G(x, t, z):
         seen.append((T * t[0].item(), x))
         return torch.exp(-20 * x0)
 
@@ -180,6 +180,7 @@ def test_pixel_aware_3_jump_forgets():
 
     pixel_aware.sample(G, R, randn(2, 1, 4, 4), 5, gamma=20.0, T=T, generator=seeded(3))
     g = seeded(3)
+    torch.randn(2, 1, generator=g)                            # the code's z is drawn first
     assert len(seen) == 5
     for (i, x), (s, y) in zip(seen, seen[1:]):
         mean, variance = pixel_aware.posterior(x, x0, rate, i, s)

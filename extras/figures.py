@@ -306,6 +306,7 @@ def pixel_estimates(run, G, R):
     s = run.settings
     x0, generators = pixels(run, run.args.n)
     noise = data.randn(x0, generators)
+    z = data.randn(torch.empty(len(x0), s.code, device=run.device), generators)
     truth = pixel_aware.x_delta(x0, s.gamma)
     tiles = [from_pixels(x0), 2 * truth - 1]
     for share in (0.05, 0.25, 0.5, 1):
@@ -313,7 +314,7 @@ def pixel_estimates(run, G, R):
         i = place(j, s.T, s.grid)
         xi = pixel_aware.diffuse(x0, noise, i, s.gamma, s.T)
         t = x0.new_full((len(x0),), i / s.T)
-        scale = G(xi, t, generators)
+        scale = G(xi, t, z)
         back = pixel_aware.reverse(xi, j, scale, R(xi, scale, t), s.T, grid=s.grid)
         compare(f"x̂_δ of x_{i:.4g}", scale, truth)
         compare("    its image", -scale.log() / s.gamma, x0)
