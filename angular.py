@@ -1,12 +1,12 @@
 """Image and noise on a quarter circle: x = cos η x₀ + sin η ε, so that sampling is an ODE in η.
 
 Zhang, Ehinger and Drummond (2023) write diffusion's mixture of image and noise as a rotation. At
-the angle η = 0 it is the image, at π/2 it is the noise, and the √ᾱ of older models is cos η. Its
-derivative dx/dη = -sin η x₀ + cos η ε is finite. But dx/dᾱ = x₀/(2√ᾱ) - ε/(2√(1-ᾱ)) is not: its
-first term diverges at the noise, the second at the image. So one may go back from noise to image by
-any solver of ordinary differential equations, from Euler to Runge and Kutta. One network predicts
-image and noise at once: to get x₀ from ε, one divides by cos η, 0 at the noise; to get ε from x₀,
-by sin η, 0 at the image.
+the angle η = 0 it is the image, at π/2 it is the noise, and the √ᾱ of older models is cos η. While
+dx/dᾱ = x₀/(2√ᾱ) - ε/(2√(1-ᾱ)) is infinite at both ends, its first term at the noise, the second at
+the image, dx/dη = -sin η x₀ + cos η ε is finite everywhere. So one may go back from noise to image
+by any solver of ordinary differential equations, from Euler to Runge and Kutta. One network
+predicts image and noise at once: to get x₀ from ε, one divides by cos η, 0 at the noise; to get ε
+from x₀, by sin η, 0 at the image.
 
     python angular.py --train                        embedded shapes, minutes on two CPU cores
     python angular.py --train --dataset cifar10      CIFAR-10, on a GPU
@@ -38,7 +38,7 @@ import unet
 # --------------------------------------------------------------------------------------- 1 schedule
 
 HALF_PI = math.pi / 2
-SCHEDULES = ("angular", "linear")    # linear, DDPM's, has 465 of 1000 times near noise, not 150
+SCHEDULES = ("angular", "linear")    # linear, DDPM's: 465 of 1000 times beyond 76.5°, not 150
 
 
 def like_image(t):

@@ -18,7 +18,7 @@ sees and answers in pixels.
 
     x, x̂₀    x0          [B, C, H, W]    the image, in [-1, 1], and the network's guess of it
     ε, ε̂     eps, eps_hat [B, C, H, W]   the noise, N(0, I), and the guess
-    v        v           [B, C, H, W]    a ε - σ x, by default what the network gives; a is a number
+    v        v           [B, C, H, W]    a ε - σ x, by default what the network gives; a as below
     t, s     t, s        [B]             times in [0, 1], with s < t
     z_t      z, zt       [B, C, H, W]    the blurred and noisy image, in pixels
     Vᵀ, V    dct, idct                   the orthonormal cosine transform and its inverse

@@ -4,10 +4,10 @@ DDM (Huang et al. 2023), with its journal version ADM. Older models mix image an
 chain, and go back by small, nearly Gaussian steps. DDM adds two processes. A known function h_t
 fades the image from x₀ at t = 0 to zero at t = 1; a Wiener process √t ε grows from zero to noise.
 One network is taught both parts of x_t: φ, the parameters of h_t, which give the image; and ε. Two
-parts with a target each are easier to learn, the papers argue, than noise deep in a mixture. And
-h_t has an integral in closed form. So, if x₀ is known, the way back is exactly Gaussian for a step
-of any size s. One step from t = 1 would do. The papers take ten, for at t = 1 x_t tells nothing of
-the image, and one long step adds no noise (its variance is s (t - s)/t): images are soft and alike.
+parts with a target each are easier to learn, the papers argue, than noise deep in a mixture. As h_t
+has an integral in closed form, the way back is, for the x₀ that φ names, a Gaussian for a step of
+any size s. One step from t = 1 would do. The papers take ten, for at t = 1 x_t tells nothing of the
+image, and one long step adds no noise (its variance is s (t - s)/t): images are soft, alike.
 
     python ddm.py --train                        embedded shapes, minutes on two CPU cores
     python ddm.py --train --dataset cifar10      CIFAR-10, on a GPU
@@ -18,7 +18,7 @@ the image, and one long step adds no noise (its variance is s (t - s)/t): images
     t       t             [B]             time in [0, 1]; the network sees none below δ = delta
     s       s             [B]             a step back in time, from t to r = t - s
     x_t     xt            [B, C, H, W]    x₀ + H_t + √t ε
-    φ       phi           [B, K·C, H, W]  h_t's parameters, K a value; if h_t is constant, φ = -x₀
+    φ       phi           [B, K·C, H, W]  h_t's parameters, K for each of x₀; h_t constant: φ = -x₀
     H_t     H             [B, C, H, W]    ∫₀ᵗ h_t dt: 0 at t = 0, -x₀ at t = 1
     λ₁, λ₂  loss_weights  [B]             weights of the two losses
 
@@ -203,7 +203,7 @@ def reverse_step(xt, phi, eps, t, s, z, h="constant", noise="sqrt"):
 
 
 def ode_step(xt, phi, eps, t, r, h="constant", noise="sqrt"):
-    """Along dx/dt = h_t + ε/(2√t) from t to r, φ̂ and ε̂ held; h constant: -x̂₀ + ε̂/(2√t)."""
+    """From t to r along dx/dt = h_t + ε d√t/dt, φ̂ and ε̂ held; h constant: -x̂₀ + ε̂/(2√t)."""
     growth = like_image(std(r, noise) - std(t, noise))
     return xt + H(phi, r, h) - H(phi, t, h) + growth * eps
 

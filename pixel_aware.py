@@ -4,9 +4,9 @@ The paper (anonymous, under review, 2024) lets a bright pixel fade faster than a
 all at noise at the same time, as one empties glasses together by pouring the fuller faster. A pixel
 x₀ in (0, 1] ends with e^{-γ x₀} of its power; dark ones stay short of noise. The way back needs x₀
 for its schedule. So a first network, a variational autoencoder G_θ, guesses the image scale x_δ =
-e^{-γ x₀}, which holds less detail than x₀. A second, R_φ, sees x_i and this guess: how noisy each
-pixel is, and roughly what is there. T heads on one U-Net predict the noises of all T steps at once
-(here, by way of the image, from which they follow). The rest is arithmetic.
+e^{-γ x₀}, which has less detail and so, the paper says, is easier. (Here G_θ names x₀, from which
+x̂_δ follows.) A second, R_φ, sees x_i and this guess: how noisy each pixel is, and roughly what is
+there. T heads on one U-Net predict the noises of all T steps at once (here, by way of x₀).
 
     python pixel_aware.py --train                        embedded shapes, minutes on two CPU cores
     python pixel_aware.py --train --dataset cifar10      CIFAR-10, on a GPU
@@ -72,7 +72,7 @@ def x_delta(x0, gamma):
 
 
 def rate_of(x_delta, T):
-    """-ln α = γ x₀/T, where α = x_δ^{1/T} is what a pixel keeps of its power in each step."""
+    """-ln α = γ x₀/T: α = x_δ^{1/T} is what a pixel keeps of its power while i grows by 1."""
     return -x_delta.log() / T                                                          # Eq. 8
 
 
@@ -108,8 +108,8 @@ def diffuse(x0, eps, i, gamma, T):
 def trajectory_noise(x0, gamma, T, generator=None, times=None):
     """ε̃_1 ... ε̃_T of one trajectory: what all the heads learn. -> [B, T, C, H, W]
 
-    x_j/√ᾱ_j = x₀ + √u_j ε̃_j with u_j = (1 - ᾱ_j)/ᾱ_j. √u_j ε̃_j is a sum of independent steps, of
-    variance u_j. So corr(ε̃_i, ε̃_j) = √(u_i/u_j), i < j. times: only these, [m] or [B, m], rising.
+    x_j/√ᾱ_j is x₀ + √u_j ε̃_j with u_j = (1 - ᾱ_j)/ᾱ_j. √u_j ε̃_j, of variance u_j, is the sum of
+    independent steps: corr(ε̃_i, ε̃_j) = √(u_i/u_j) for i < j. times: [m] or [B, m], rising.
     """
     if times is None:
         times = torch.arange(1, T + 1, device=x0.device)
@@ -309,7 +309,7 @@ def read_scale(raw, scale, gamma):
 
 
 def guess(xi, rate, i, x0, spread):
-    """(mean, std) of x₀ given x_i, if x₀ ~ N(x0, spread²): the heads have to name only the rest."""
+    """(mean, std) of the image given x_i, if it is N(x0, spread²): heads name only what is left."""
     kept_i = kept(rate, i)
     added_i = added(rate, i)
     both = kept_i * spread ** 2 + added_i
@@ -414,8 +414,8 @@ def shares(rate, i):
 
 
 def jump(xi, x0, i, s, rate, last=None):
-    """From x_i to x_s, s < i, by x̂₀: the noise in x_i stays what it is, as in DDIM. last: (i, x̂₀)
-    of the pass before. Given it, x̂₀ follows a line in flow time (docs/ddm.md), each pixel its own.
+    """From x_i to x_s, s < i, by x̂₀ and its rate. x̂₀ and the noise in x_i stay, as in DDIM; or by
+    last = (i, x̂₀) of the pass before, x̂₀ follows a line in the pixel's flow time (docs/ddm.md).
     """
     m, n, tau = shares(rate, i)
     m_s, n_s, end = shares(rate, s)
@@ -464,7 +464,7 @@ def sample(G, R, x, passes=1, **options):
 
 
 def pass_stops(passes, T, grid):
-    """The steps j that passes begin at, and 0: dense near the image. Raises ValueError."""
+    """The steps j = T (k/passes)² that passes begin at, and 0. Raises ValueError."""
     if not 1 <= passes <= T or grid not in GRIDS:
         raise ValueError(f"a {grid} trajectory of {T} steps has no {passes} passes")
     return [max(round(T * (k / passes) ** 2), k) for k in range(passes, -1, -1)]
@@ -526,7 +526,7 @@ def precise(net, bf16):
 
 FLAGS = dict(
     T=(200, "steps of the trajectory, and heads of R", (1, 5000)),
-    gamma=(20.0, "γ: more fades darker pixels, and magnifies errors in bright ones", (1, 80)),
+    gamma=(20.0, "γ; a larger one fades darker pixels too, and costs (docs)", (1, 80)),
     grid=("quadratic", "the steps: dense near the image, or even as in the paper", tuple(GRIDS)),
     heads_per_step=(20, "heads trained a step, drawn at random; at most T", (2,)),
     average=("examples", "the heads' losses: by example, or by head", ("examples", "heads")),
