@@ -356,7 +356,7 @@ class Run:
             self.restore(**parts)
         if self.rank == 0:
             lock = own(self.directory / ".lock")              # until the loop ends
-            size = sum(weight.numel() for weight in net.parameters()) / 1e6
+            size = sum(map(torch.numel, net.parameters())) / 1e6
             say(f"{self.directory}: {size:.1f} M weights, {s.iterations} steps, on {self.device}")
         before = {number: signal.signal(number, self.caught) for number in STOPS
                   if signal.getsignal(number) != signal.SIG_IGN}                # as nohup has it

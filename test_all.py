@@ -1217,7 +1217,7 @@ def knowing(T, power=1, image=None):
 @pytest.mark.parametrize("grid, power", (("uniform", 1), ("quadratic", 2)))
 @pytest.mark.parametrize("passes", (2, 5, 40))
 def test_pixel_aware_a_pass_is_one_call_of_each_network(passes, grid, power):
-    """All T steps are yielded, z is one, a jump keeps the noise. Catches hidden calls, new codes."""
+    """All T steps are yielded, z is one, a jump keeps the noise. Catches hidden calls, a new z."""
     x0 = pixels(2, 3, 4, 4)
     calls = []
     z = torch.randn(2, 7, generator=seeded(9))
