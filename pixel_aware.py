@@ -22,9 +22,9 @@ there. T heads on one U-Net predict the noises of all T steps at once (here, by 
     Z^j       Z               [B, T, C, H, W]  the heads' estimates of them: Z[:, j-1] is Z^j
 
 Algorithm 1 does not reconstruct an image, not even from its true noises (see `reverse_walk`). So
-the default goes by conditional means. The paper's choices, measured in docs/pixel_aware.md, are
---solver literal (with ᾱ for α in line 9), --grid uniform, --predict eps, --scale delta,
---vae denoising, --average heads and --heads-per-step 500.
+the default goes by conditional means. The paper's choices are --solver literal (with ᾱ for α in
+line 9), --grid uniform, --predict eps, --scale delta, --vae denoising, --average heads and, not yet
+measured, --heads-per-step 500. For the others see docs/pixel_aware.md.
 """
 
 import math
