@@ -23,8 +23,9 @@ from x₀, by sin η, 0 at the image.
     ᾱ_t, β_t  alpha_bar, beta   float64  cos²η_t, and 1 - ᾱ_t/ᾱ_{t-1}
     γ         gamma       number         the weight of the velocity's loss (--velocity-weight)
 
-Two choices here are not the paper's; the flag in brackets undoes each. They are a multistep solver
-(--solver euler), and outputs corrected to add up to x (--heads raw): docs/angular.md says why.
+Three choices here are not the paper's; the flag in brackets undoes each. They are a multistep
+solver (--solver euler), outputs corrected to add up to x (--heads raw), and squared errors in the
+loss (--norm rms): docs/angular.md says why.
 """
 
 import functools
@@ -90,8 +91,7 @@ def diffuse(x0, eps, eta):
 
 def velocity(x0, eps, eta):
     """dx/dη, what v-prediction (Salimans and Ho, 2022) asks for: ε at η = 0, and -x₀ at π/2. So x₀
-    is cos η x - sin η ẋ, and ε is sin η x + cos η ẋ. (The paper's dx/dt has a factor η', and its
-    step Δ_t = h/η': their product is the same. With h and dx/dt η' would count twice.)
+    is cos η x - sin η ẋ, and ε is sin η x + cos η ẋ.
     """
     eta = like_image(eta)
     return -eta.sin() * x0 + eta.cos() * eps                                           # Eq. 10, 11
@@ -99,7 +99,7 @@ def velocity(x0, eps, eta):
 
 # ------------------------------------------------------------------------------------------- 3 loss
 
-def predictor(net, predict="both", bf16=False):
+def predictor(net, predict="both"):
     """The one place where the network's outputs get their meaning: model(x, t) -> (x̂₀, ε̂).
 
     predict: both; or "x0" or "eps" alone, from which the other follows: but not from x₀ at η = 0,
@@ -108,8 +108,7 @@ def predictor(net, predict="both", bf16=False):
 
     def model(x, t):
         eta = HALF_PI * like_image(t)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            outputs = net(x, t)
+        outputs = net(x, t)
         first = outputs[0].to(x.dtype)
         last = outputs[-1].to(x.dtype)                        # the first again, if there is one
         if predict == "x0":
@@ -179,8 +178,8 @@ SOLVERS = (*MULTISTEP, "ddim", *RUNGE_KUTTA, "cold", "ddpm")
 
 def calls(solver, steps, last=None):
     """How many network calls `steps` steps make: one each, but for RUNGE_KUTTA's."""
-    each, at_last = (RUNGE_KUTTA.get(rule, (None, 1))[1] for rule in (solver, last or solver))
-    return (steps - 1) * each + at_last
+    each = {rule: count for rule, (_, count) in RUNGE_KUTTA.items()}
+    return (steps - 1) * each.get(solver, 1) + each.get(last or solver, 1)
 
 
 def project(x, x0, eps, eta):
@@ -214,12 +213,12 @@ def multistep(history, end):
     history: 2 or 3 calls' (flow time, x̂₀), the newest first. In flow time dy/dτ = (y - x̂₀)/τ. The
     step holds x̂₀; here it follows a line or a parabola through the calls, exactly (docs/ddm.md).
     """
-    (tau0, x0), (tau1, x1), *older = history
+    (tau0, x0), (tau1, x1) = history[:2]
     log = end * math.log(tau0 / end) if end else 0.0
     slope = (x0 - x1) / (tau0 - tau1)
     gain = slope * (log - (tau0 - end))
-    if older and end:                                         # for the last step a line is better
-        (tau2, x2), = older
+    if len(history) == 3 and end:                             # for the last step a line is better
+        tau2, x2 = history[2]
         bend = (slope - (x1 - x2) / (tau1 - tau2)) / (tau0 - tau2)
         gain = gain + bend * ((tau0 - end) * (tau1 + end) - (tau0 + tau1) * log)
     return gain
@@ -233,7 +232,7 @@ def walk(net, x1, steps, solver="euler", heads="project", clip=False, generator=
     solver: euler (the paper's), midpoint, heun, rk4; ddim, along the circle; ddim2 and ddim3 (the
     command line's), the same with a memory of one or two calls; cold, with ε̂ made of x̂₀; ddpm,
     stochastic. heads: project, so that they agree with x; or raw. clip: keep x̂₀ in [-1, 1] (ε̂
-    follows). last: euler or midpoint, for the last step. generator: ddpm's, one or a list of B.
+    follows). last: midpoint, for heun's and rk4's last step. generator: ddpm's, one or a list of B.
     """
     check_solver(solver, heads, last)
     seen = []
@@ -286,8 +285,8 @@ def check_solver(solver, heads="project", last=None):
     """Raise ValueError for what cannot be."""
     if solver not in SOLVERS or heads not in ("project", "raw"):
         raise ValueError(f"there is no solver {solver} with heads {heads}")
-    if last not in (None, "euler", "midpoint") or (last and solver not in ("heun", "rk4")):
-        raise ValueError(f"a last step by euler or midpoint is for heun and rk4, not {solver}")
+    if last not in (None, "midpoint") or (last and solver not in ("heun", "rk4")):
+        raise ValueError(f"a last step by midpoint is for heun and rk4, not {solver}")
 
 
 # --------------------------------------------------------------------------------------- 5 training
@@ -298,7 +297,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(unet.UNet, network(s, images.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
-    model = predictor(run.parallel(net), s.predict, run.bf16)
+    model = predictor(run.parallel(net), s.predict)
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
         x0 = data.batch(images, s.batch_size, g)
@@ -335,7 +334,7 @@ FLAGS = dict(
 SAMPLING = dict(
     steps=(10, "steps of the solver; in each midpoint and heun call twice, rk4 four times", None),
     solver=("ddim3", "of order 3, 2, 1, Runge and Kutta's, cold diffusion's, DDPM's", SOLVERS),
-    last=("", "the last step of heun and rk4, which otherwise leave noise", ("euler", "midpoint")),
+    last=("", "heun's and rk4's last step; without it they leave noise", ("midpoint",)),
     heads=("project", "outputs made to agree with x, or raw", ("project", "raw")),
     clip=(None, "keep every x̂₀ in [-1, 1] (default: if the network names eps alone)", None))
 DDIM = dict(width=128, blocks=2, attention=(16,), dropout=0.1, batch_size=128, lr=2e-4, ema=0.9999)
@@ -370,7 +369,7 @@ def sampler(run):
 
 def trained(run):
     """The model to sample with: the averaged weights, and what their outputs mean."""
-    return predictor(run.averaged(unet.UNet), run.settings.predict, run.bf16)
+    return predictor(run.averaged(unet.UNet), run.settings.predict)
 
 
 def write_samples(run):

@@ -145,7 +145,7 @@ def transition(t, s, size, **blur):
 
 # ------------------------------------------------------------------------------------------- 3 loss
 
-def predictor(net, predict="v", bf16=False, **blur):
+def predictor(net, predict="v", **blur):
     """The one place where the output gets its meaning: model(z_t, t) -> (ε̂,) or (x̂₀, ε̂).
 
     predict: "eps", the paper's; "x0"; or "v" = a ε - σ x₀ in pixels, of the scalar a. From x0 and
@@ -156,8 +156,7 @@ def predictor(net, predict="v", bf16=False, **blur):
     """
 
     def model(z, t):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            out, = net(z, t)
+        out, = net(z, t)
         out = out.to(z.dtype)
         if predict == "eps":
             return out,
@@ -209,26 +208,19 @@ def posterior(ut, ux, t, s, **blur):
 
 
 def posterior_mean_from_noise(ut, u_eps, t, s, **blur):
-    """The same mean from the noise: what Appendix A's `denoise` means to compute, in one line.
-
-    Its printed code uses a `diagonal_ts` that it never defines (σ_t²/σ_s² would do), lacks brackets
-    around u_t - σ_t u_ε, and takes σ_s² for σ_t² in sigma2_ts. Its "+ delta" is an error of 4e-4.
-    """
+    """The same mean from the noise: what Appendix A's `denoise`, misprinted, means to compute."""
     alpha_ts, sigma2_ts = transition(t, s, ut.shape[-2:], **blur)
     _, sigma_t = alpha_sigma(t, ut.shape[-2:], **blur)
     return (ut - sigma2_ts / sigma_t * u_eps) / alpha_ts                               # Eq. 24
 
 
-def ddim_step(ut, ux, t, s, eta=0.0, noise=0.0, **blur):
-    """From u_t to u_s: deterministic (eta 0), or as random as the posterior (1), or in between."""
+def ddim_step(ut, ux, t, s, **blur):
+    """From u_t to u_s without fresh noise: û_x and û_ε are held. (Not the paper's.)"""
     size = ut.shape[-2:]
     alpha_t, sigma_t = alpha_sigma(t, size, **blur)
     alpha_s, sigma_s = alpha_sigma(s, size, **blur)
-    _, variance = posterior(ut, ux, t, s, **blur)
-    variance = eta ** 2 * variance
     u_eps = (ut - alpha_t * ux) / sigma_t                                              # Eq. 21
-    kept = (sigma_s ** 2 - variance).clamp(min=0).sqrt()      # with the fresh noise, σ_s in all
-    return alpha_s * ux + kept * u_eps + variance.sqrt() * noise
+    return alpha_s * ux + sigma_s * u_eps
 
 
 def second_order(t, s, size, **blur):
@@ -250,26 +242,23 @@ GRIDS = {"dense": 1.75, "even": 1}                            # t is this power 
 
 
 def times(steps, grid="even"):
-    """The sampler's times 1 = t₀ > t₁ > ... > 0: even, or dense near the image. ValueError.
-
-    The paper prints T, T - 1/T, ..., 1/T, which are even steps of 1/T.
-    """
+    """The sampler's times 1 = t₀ > t₁ > ... > 0: even, or dense near the image. ValueError."""
     if grid not in GRIDS:
         raise ValueError(f"there is no grid {grid}")
     return [(1 - i / steps) ** GRIDS[grid] for i in range(steps)] + [0.0]
 
 
 @torch.no_grad()
-def walk(net, z1, steps, solver="ancestral", eta=0.0, clip=False, generator=None, grid="even",
-         **blur):
+def walk(net, z1, steps, solver="ancestral", clip=False, generator=None, grid="even", **blur):
     """From noise to image by `steps` calls of net. Yields (t, z_t, x̂₀) at each, at last (0, x, x).
 
     net(z_t, t) -> (ε̂,) or (x̂₀, ε̂), of which x̂₀ is used as it is. solver: ancestral, that is
-    Algorithm 1; ddim, deterministic for eta = 0 and as random as Algorithm 1 for eta = 1; ddim2,
-    deterministic and of second order from its second step on. clip: keep x̂₀ in [-1, 1]. generator:
-    of the noise, one or a list of B. The last step returns its mean. Raises ValueError.
+    Algorithm 1, whose last step returns its mean; ddim, without noise; ddim2, the same, and of
+    second order from its second step on. clip: keep x̂₀ in [-1, 1]. generator: of Algorithm 1's
+    noise, one or a list of B. Raises ValueError.
     """
-    check_solver(solver, eta)
+    if solver not in SOLVERS:
+        raise ValueError(f"there is no solver {solver}")
     z = z1
     size = z1.shape[-2:]
     t_last = ux_last = None
@@ -285,15 +274,14 @@ def walk(net, z1, steps, solver="ancestral", eta=0.0, clip=False, generator=None
         if clip:
             ux = dct(idct(ux).clamp(-1, 1))
         yield t, z, idct(ux)
-        stochastic = s > 0 and (solver == "ancestral" or eta > 0)
-        noise = data.randn(z, generator) if stochastic else torch.zeros_like(z)
         if solver == "ancestral":
             mean, variance = posterior(ut, ux, t_, s_, **blur)
             if len(heads) == 1 and not clip:                  # without x̂₀'s large numbers
                 mean = posterior_mean_from_noise(ut, u_eps, t_, s_, **blur)
+            noise = data.randn(z, generator) if s else torch.zeros_like(z)
             u = mean + variance.sqrt() * noise                                 # Alg. 1, line 6
         else:
-            u = ddim_step(ut, ux, t_, s_, eta, noise, **blur)
+            u = ddim_step(ut, ux, t_, s_, **blur)
         if solver == "ddim2" and t_last:
             u = u + (ux - ux_last) / (t - t_last) * second_order(t, s, size, **blur).to(u)
         t_last, ux_last = t, ux
@@ -308,12 +296,6 @@ def sample(net, z1, steps, *options, **more):
     return z
 
 
-def check_solver(solver, eta=0.0):
-    """Raise ValueError for what cannot be."""
-    if solver not in SOLVERS or (eta and solver != "ddim"):
-        raise ValueError(f"there is no solver {solver} with eta {eta}: eta is for ddim")
-
-
 # --------------------------------------------------------------------------------------- 5 training
 
 def train(run):
@@ -322,7 +304,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(unet.UNet, network(s, images.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
-    model = predictor(run.parallel(net), s.predict, run.bf16, **blur_of(s))
+    model = predictor(run.parallel(net), s.predict, **blur_of(s))
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
         x0 = data.batch(images, s.batch_size, g)
@@ -351,7 +333,6 @@ SAMPLING = dict(
     steps=(0, "steps of the solver, each a network call (ddim2 20, ddim 50, ancestral 1000)", None),
     solver=("ddim2", "second order, first order, or Algorithm 1", tuple(SOLVERS)),
     grid=("", "even times, or dense near t = 0 (ddim2: dense; others: even)", tuple(GRIDS)),
-    eta=(0.0, "how random ddim is: 1 is as random as Algorithm 1", (0, 1)),
     clip=(None, "keep every x̂₀ in [-1, 1] (default: unless --predict eps with blur)", None))
 PAPER = dict(predict="eps", blocks=3, dropout=0.2, ema=0.9999)                         # Table 5
 PRESETS = {
@@ -375,21 +356,20 @@ def blur_of(s):
 
 
 def sampler(run):
-    """(steps, walk's options), as asked for or by default. Raises ValueError for what cannot be."""
+    """(steps, walk's options), as asked for or by default."""
     s, args = run.settings, run.args
-    check_solver(args.solver, args.eta)
     clip = args.clip
     if clip is None:                                          # x̂₀ of ε̂ and blur may be in the
         clip = s.predict != "eps" or s.sigma_blur_max == 0    # thousands: cutting it ruins samples
     grid = args.grid or ("dense" if args.solver == "ddim2" else "even")
-    options = dict(solver=args.solver, grid=grid, eta=args.eta, clip=clip, **blur_of(s))
+    options = dict(solver=args.solver, grid=grid, clip=clip, **blur_of(s))
     return args.steps or SOLVERS[args.solver], options
 
 
 def trained(run):
     """The model to sample with: the averaged weights, and what their output means."""
     s = run.settings
-    return predictor(run.averaged(unet.UNet), s.predict, run.bf16, **blur_of(s))
+    return predictor(run.averaged(unet.UNet), s.predict, **blur_of(s))
 
 
 def write_samples(run):
@@ -409,7 +389,6 @@ def main(argv=None):
     run = data.open_run("blurring", __doc__, FLAGS | unet.FLAGS, SAMPLING, PRESETS, argv)
     with data.refusals(), torch.device("meta"):               # what cannot be is said first
         unet.UNet(**network(run.settings, 3))
-        sampler(run)
     if run.args.train:
         train(run)
     if run.args.sample:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
+from torch.utils._pytree import tree_map
 
 # ------------------------------------------------------------------------------ what a user is told
 
@@ -62,7 +63,7 @@ def command(main):
 
 @contextlib.contextmanager
 def refusals(what="", status=2, kinds=(ValueError, TypeError, LookupError, ArithmeticError)):
-    """Errors inside become a Problem: as they are, those of pure functions about the settings."""
+    """Errors inside become a Problem. The default kinds are those that a wrong setting causes."""
     try:
         yield
     except kinds as error:
@@ -276,7 +277,7 @@ class Run:
     checkpoint: dict | None                                   # what the directory holds
 
     def __post_init__(self):
-        with refusals("torchrun's variables:"):               # a day, as one may convert a dataset
+        with refusals("torchrun's variables:"):
             self.rank = int(os.environ.get("RANK", 0))        # this process, of how many
             self.world = int(os.environ.get("WORLD_SIZE", 1))
             self.device = choose_device(self.args.device)
@@ -309,7 +310,7 @@ class Run:
 
     def parallel(self, net):
         """The network to call in training: on a GPU compiled; one gradient for all processes."""
-        net = self.compiled(net, self.cuda)
+        net = self.fast(net, self.cuda)
         if self.world > 1:
             net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
         return net
@@ -321,10 +322,16 @@ class Run:
             net = build(**self.checkpoint["network"])
         self.restore(ema=net)
         net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        return self.compiled(net, self.cuda and self.args.n >= 2000, mode="reduce-overhead")
+        return self.quick(net)
 
-    def compiled(self, net, by_default, **options):
-        """net by torch.compile, as --compile says, or by default; as it is without a compiler."""
+    def quick(self, net):
+        """A network, or a part of one, to sample with: on a GPU compiled, if it pays."""
+        return self.fast(net, self.cuda and self.args.n >= 2000, mode="reduce-overhead")
+
+    def fast(self, net, by_default, **options):
+        """net in bf16, as --precision says; compiled, as --compile says, or by default."""
+        cast = torch.autocast(self.device.type, torch.bfloat16, self.bf16, cache_enabled=False)
+        net.forward = cast(net.forward)
         if not (by_default if self.args.compile is None else self.args.compile):
             return net
         try:
@@ -334,7 +341,7 @@ class Run:
             return net
         fast = torch.compile(net, **options)
         if options:                                           # its next call overwrites its outputs
-            fast.register_forward_hook(lambda _, __, outputs: tuple(y.clone() for y in outputs))
+            fast.register_forward_hook(lambda _, __, y: tree_map(torch.clone, y))
         return fast
 
     def restore(self, **parts):
@@ -342,9 +349,6 @@ class Run:
         with refusals("the checkpoint does not fit the network it names:", 1, Exception):
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint[name])
-            for weight in parts["model"].parameters() if "optimizer" in parts else ():
-                moments = parts["optimizer"].state[weight]
-                torch.stack([weight, moments["exp_avg"], moments["exp_avg_sq"]])      # of one shape
 
     def steps(self, net, ema, optimizer):
         """Yield (step, generator). Save each minute, at the end, and at Ctrl-C, SIGTERM, SIGHUP."""
@@ -406,7 +410,7 @@ class Run:
         """Every ten seconds, at first sooner, and at the last: the progress, also in log.jsonl."""
         s, now = self.settings, time.monotonic()
         seconds = max(now - self.looked, 1e-9)
-        if seconds < min(10, 1 + now - self.began) and not last:        # looking makes a GPU wait
+        if seconds < min(10, 1 + self.looked - self.began) and not last:    # it makes a GPU wait
             return
         losses, counts = self.sums.tolist()
         mean = sum(losses) / max(1, sum(counts))
@@ -456,8 +460,7 @@ def own(file):
 
 def choose_device(name):
     """auto, cpu, cuda or mps -> torch.device. Under torchrun each process has a GPU of its own."""
-    there = torch.accelerator.is_available()
-    best = torch.accelerator.current_accelerator().type if there else "cpu"
+    best = getattr(torch.accelerator.current_accelerator(True), "type", "cpu")      # if it is there
     name = best if name == "auto" else name
     if name not in ("cpu", best):
         raise Problem(f"PyTorch finds no {name} device on this machine: use --device cpu", 2)
@@ -494,19 +497,16 @@ def load_checkpoint(path):
         damaged = zipfile.ZipFile(path).testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
         known = all(isinstance(state[key], kind) for key, kind in keys.items())
-        if damaged or not known or state["step"] < 0:
+        finite = all(weight.isfinite().all() for weight in state["ema"].values())
+        if damaged or not known or not finite or state["step"] < 0:
             raise ValueError("it is damaged, or is not of this project")
-        if not all(weight.isfinite().all() for weight in state["ema"].values()):
-            raise ValueError("an averaged weight in it is not finite")
         return state
 
 
 # ------------------------------------------------------------------------------------- pictures out
 
 def draw(run, walk, calls, looks=None, **options):
-    """Write --n images, as two pictures or as PNGs of these `options`, by walk(x1, generators),
-    which yields (t, x_t, x̂₀) `looks` or `calls` times, and (0, image, image) at last.
-    """
+    """Two pictures, or PNGs, of --n images by a `walk` of `looks` or `calls` yields and a last."""
     args, network = run.args, run.checkpoint["network"]
     base = run.checkpoint["method"]["seed"] if args.seed is None else args.seed
     weights = hashlib.sha256((run.directory / "checkpoint.pt").read_bytes()).hexdigest()[:16]

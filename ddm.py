@@ -1,13 +1,13 @@
 """Decoupled Diffusion Models: the image fades to zero while, independently, zero grows into noise.
 
 DDM (Huang et al. 2023), with its journal version ADM. Older models mix image and noise along one
-chain, and go back by small, nearly Gaussian steps. DDM adds two processes. A known function h_t
-fades the image from x₀ at t = 0 to zero at t = 1; a Wiener process √t ε grows from zero to noise.
+chain, and go back by small, nearly Gaussian steps. In DDM x_t is the sum of two. A known function
+h_t fades the image from x₀ at t = 0 to 0 at t = 1; a Wiener process √t ε grows from 0 to noise.
 One network is taught both parts of x_t: φ, the parameters of h_t, which give the image; and ε. Two
 parts with a target each are easier to learn, the papers argue, than noise deep in a mixture. As h_t
 has an integral in closed form, the way back is, for the x₀ that φ names, a Gaussian for a step of
-any size s. One step from t = 1 would do. The papers take ten, for at t = 1 x_t tells nothing of the
-image, and one long step adds no noise (its variance is s (t - s)/t): images are soft, alike.
+any size s. One step from t = 1 is possible. The papers take ten: at t = 1 x_t tells nothing of the
+image, and a step to 0 adds no noise (its variance is s (t - s)/t): the images are soft and alike.
 
     python ddm.py --train                        embedded shapes, minutes on two CPU cores
     python ddm.py --train --dataset cifar10      CIFAR-10, on a GPU
@@ -85,7 +85,7 @@ GRIDS = {"flow": at_flow_time, "quadratic": lambda u: u ** 2, "uniform": lambda 
 
 
 def times(steps, grid="flow", delta=1e-3):
-    """The sampler's times 1 = t₀ > t₁ > ... > 0. The network sees the first `steps`, none below δ.
+    """The sampler's times 1 = t₀ > t₁ > ... > 0. The network sees all but the 0, none below δ.
     grid: equal steps of t ("uniform", Algorithm 2), of √t ("quadratic") or of flow time ("flow").
     The last two are small near t = 0, where √t is steep. Raises ValueError.
     """
@@ -111,8 +111,7 @@ def noise_of(xt, phi, t, h="constant", noise="sqrt"):
 
 # ------------------------------------------------------------------------------------------- 3 loss
 
-def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constant", noise="sqrt",
-              bf16=False):
+def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constant", noise="sqrt"):
     """The one place where the network's outputs get their meaning: model(x_t, t) -> (φ̂, ε̂).
 
     As printed (precondition=False) the outputs are φ and ε; with predict="x0" there is φ alone, and
@@ -128,8 +127,7 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
         n = like_image(std(t, noise))
         V = keep ** 2 * sigma_data ** 2 + n ** 2              # the variance of x_t
         seen = x / V.sqrt() if precondition else x
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            outputs = net(seen, t)
+        outputs = net(seen, t)
         first = outputs[0].to(x.dtype)
         last = outputs[-1].to(x.dtype)                        # the first again, if there is one
         if precondition:
@@ -143,8 +141,8 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
 
 def preconditioned(x, first, last, keep, n, V, sigma_data):
     """As in EDM (Karras et al. 2022): the best linear guesses from x_t, and what the network adds.
-    Given x_t, φ tells ε. So both outputs have one target, (keep σ_d ε - n x₀/σ_d)/√V, of variance 1
-    if the images' is σ_d². (Two outputs, of two decoders, are better still: docs/ddm.md.)
+    Given x_t, φ tells ε. So the outputs have one target: (keep σ_d ε - n x₀/σ_d)/√V, of variance 1
+    if the images' is σ_d². (Two outputs, of two decoders, are still better: docs/ddm.md.)
     """
     phi = -keep * sigma_data ** 2 / V * x + sigma_data * n / V.sqrt() * first
     eps = n / V * x + keep * sigma_data / V.sqrt() * last
@@ -152,8 +150,8 @@ def preconditioned(x, first, last, keep, n, V, sigma_data):
 
 
 def loss_weights(t, kind="edm", noise="sqrt", delta=1e-3):
-    """(λ₁, λ₂), each [B]: a row of ADM's Table V. Near t = 0 x_t shows the image, so its error is
-    small and λ₁ large; near t = 1 it is the noise's, and λ₂. (t is kept δ away from 0 and 1.)
+    """(λ₁, λ₂), each [B]: a row of ADM's Table V. Near t = 0 x_t shows the image: φ̂'s error is
+    small, and λ₁ large. Near t = 1 ε̂'s is small, and λ₂ large. (t is kept δ away from 0 and 1.)
     """
     if kind == "one":
         return torch.ones_like(t), torch.ones_like(t)
@@ -209,17 +207,17 @@ def ode_step(xt, phi, eps, t, r, h="constant", noise="sqrt"):
 
 
 def multistep(history, end):
-    """What a first-order step to the flow time `end` lacks, for y = x/(image + noise).
+    """What to add to a first-order step to the flow time `end`, for y = x/(1 - t + n).
 
     history: 2 or 3 calls' (flow time, x̂₀), the newest first. In flow time dy/dτ = (y - x̂₀)/τ. The
     step holds x̂₀; here it follows a line or a parabola through the calls, exactly (docs/ddm.md).
     """
-    (tau0, x0), (tau1, x1), *older = history
+    (tau0, x0), (tau1, x1) = history[:2]
     log = end * math.log(tau0 / end) if end else 0.0
     slope = (x0 - x1) / (tau0 - tau1)
     gain = slope * (log - (tau0 - end))
-    if older and end:                                         # for the last step a line is better
-        (tau2, x2), = older
+    if len(history) == 3 and end:                             # for the last step a line is better
+        tau2, x2 = history[2]
         bend = (slope - (x1 - x2) / (tau1 - tau2)) / (tau0 - tau2)
         gain = gain + bend * ((tau0 - end) * (tau1 + end) - (tau0 + tau1) * log)
     return gain
@@ -298,7 +296,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(unet.UNet, network(s, images.shape[1]))
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, fused=True)
-    model = predictor(run.parallel(net), **meaning(s), bf16=run.bf16)
+    model = predictor(run.parallel(net), **meaning(s))
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
         x0 = SCALE.get(s.h, 1) * data.batch(images, s.batch_size, g)           # section 7
@@ -320,7 +318,7 @@ def train(run):
 
 def draw_times(n, power, generator, delta=1e-3):
     """n training times [B] in [δ, 1]: u^power of uniform u. Power 1 is the paper's: then 92 of 100
-    have a noise above .3 of the image. Power 3: 58 of 100 (docs/ddm.md).
+    have √t > .3 (1 - t). Power 3: 58 of 100 (docs/ddm.md).
     """
     u = torch.rand(n, generator=generator, device=generator.device)
     return delta + (1 - delta) * u ** power
@@ -342,7 +340,7 @@ FLAGS = dict(
 SAMPLING = dict(
     steps=(10, "steps of the solver, each a network call", None),
     solver=("", "order 3, 2, 1, or Algorithm 2 (ode3; ode if h is not constant)", tuple(SOLVERS)),
-    grid=("flow", "even steps of flow time, of √t, or of t (paper)", tuple(GRIDS)),
+    grid=("flow", "even steps of flow time (for √t), of √t, or of t (paper)", tuple(GRIDS)),
     heads=("", "outputs that add up to x_t, or raw (project; ddm: raw)", ("project", "raw")),
     clip=(False, "keep every x̂₀ in [-1, 1]", None))
 PAPER = dict(precondition=False, time_power=1.0, blocks=3, attention=(16, 8), lr=1e-4, ema=0.9999)
@@ -376,7 +374,7 @@ def sampler(run):
 
 def trained(run):
     """The model to sample with: the averaged weights, and what their outputs mean."""
-    return predictor(run.averaged(unet.UNet), **meaning(run.settings), bf16=run.bf16)
+    return predictor(run.averaged(unet.UNet), **meaning(run.settings))
 
 
 def write_samples(run):
@@ -434,12 +432,12 @@ def expm1_over(a, t):
 
 def draw_other_phi(x0, h, generator=None):
     """φ with x₀ + H₁ = 0: a and b are drawn from N(0, 1) (ADM, Sec. V-A), and c follows. No network
-    can learn which a was drawn: in a t + c, x_t explains at most 1/28 of its variance.
+    can learn what was drawn: for h_t = a t + c, x_t explains at most 1/28 of the variance of a.
     """
     if h == "sine":
         return -x0.sign() * solve_sine(x0.abs())
     free = [data.randn(x0, generator) for _ in range(ATTENUATIONS[h] - 1)]
-    without_c = torch.cat([*free, 0 * x0], dim=1)             # c is what this lacks, for ∫₀¹ c = c
+    without_c = torch.cat([*free, 0 * x0], dim=1)             # of a t + c, c is -x₀ - a/2
     return torch.cat([*free, image_of(without_c, h) - x0], dim=1)
 
 

@@ -1,12 +1,12 @@
 """Every pixel its own schedule, and the whole way back from noise in one pass of the network.
 
-The paper (anonymous, under review, 2024) lets a bright pixel fade faster than a dark one, to have
-all at noise at the same time, as one empties glasses together by pouring the fuller faster. A pixel
-x₀ in (0, 1] ends with e^{-γ x₀} of its power; dark ones stay short of noise. The way back needs x₀
-for its schedule. So a first network, a variational autoencoder G_θ, guesses the image scale x_δ =
-e^{-γ x₀}, which has less detail and so, the paper says, is easier. (Here G_θ names x₀, from which
-x̂_δ follows.) A second, R_φ, sees x_i and this guess: how noisy each pixel is, and roughly what is
-there. T heads on one U-Net predict the noises of all T steps at once (here, by way of x₀).
+The paper (anonymous, under review, 2024) lets a bright pixel fade faster than a dark one, so that
+all are noise at the same time: as of several glasses, to empty all at once, one pours out the full
+one faster. A pixel x₀ in (0, 1] ends with e^{-γ x₀} of its power. (Dark ones do not quite become
+noise.) The way back needs x₀ for its schedule. So a first network, a variational autoencoder G_θ,
+guesses the image scale x_δ = e^{-γ x₀}: it has less detail and so, the paper says, is easier. (Here
+G_θ names x₀; x̂_δ follows.) A second, R_φ, sees x_i and x̂_δ, which tells how noisy each pixel is.
+T heads on one U-Net predict the noises of all T steps at once (here, by way of x₀).
 
     python pixel_aware.py --train                        embedded shapes, minutes on two CPU cores
     python pixel_aware.py --train --dataset cifar10      CIFAR-10, on a GPU
@@ -22,9 +22,9 @@ there. T heads on one U-Net predict the noises of all T steps at once (here, by 
     Z^j       Z               [B, T, C, H, W]  the heads' estimates of them: Z[:, j-1] is Z^j
 
 Algorithm 1 does not reconstruct an image, not even from its true noises (see `reverse_walk`). So
-the default goes by conditional means. The paper's choices are --solver literal (with ᾱ for α in
-line 9), --grid uniform, --predict eps, --scale delta, --vae denoising, --average heads and, not yet
-measured, --heads-per-step 500. For the others see docs/pixel_aware.md.
+the default goes by conditional means. The paper's choices are --solver literal (its line 9
+with ᾱ, not α), --grid uniform, --predict eps, --scale delta, --vae denoising, --average heads and,
+not yet measured, --heads-per-step 500. For the others see docs/pixel_aware.md.
 """
 
 import math
@@ -71,18 +71,28 @@ def x_delta(x0, gamma):
     return torch.exp(-gamma * x0)                                                      # Eq. 7
 
 
+def alpha(x_delta, T):
+    """α, what a pixel keeps of its power while i grows by 1."""
+    return x_delta ** (1 / T)                                                          # Eq. 8
+
+
+def alpha_bar(x_delta, i, T):
+    """ᾱ_i = α^i, what a pixel keeps of its power. i: a number or [B], from 0 to T, whole or not."""
+    return kept(rate_of(x_delta, T), i)                                                # Eq. 9
+
+
 def rate_of(x_delta, T):
-    """-ln α = γ x₀/T: α = x_δ^{1/T} is what a pixel keeps of its power while i grows by 1."""
-    return -x_delta.log() / T                                                          # Eq. 8
+    """-ln α = γ x₀/T, which keeps its digits where α is near 1. All that follows takes it."""
+    return -x_delta.log() / T
 
 
 def kept(rate, i):
-    """ᾱ_i = α^i, what a pixel keeps of its power. i: a number or [B], from 0 to T, whole or not."""
-    return torch.exp(rate * like_image(-i))                                            # Eq. 9
+    """ᾱ_i, by the rate."""
+    return torch.exp(rate * like_image(-i))
 
 
 def added(rate, i):
-    """1 - ᾱ_i, the variance of the noise. By expm1, because it may be as small as 4e-4."""
+    """1 - ᾱ_i, the variance of the noise. By expm1, because it may be as small as 2e-6."""
     return -torch.expm1(rate * like_image(-i))
 
 
@@ -124,11 +134,11 @@ def trajectory_noise(x0, gamma, T, generator=None, times=None):
 
 def draw_trajectory(x0, i, times, gamma, T, generator=None):
     """(ε̃_i [B, C, H, W], ε̃ at `times` [B, m, C, H, W]) of one trajectory. i: [B]; times: [m]."""
-    times = torch.cat([times.expand(len(x0), -1), i[:, None]], 1)
-    rising, order = times.sort(1)
+    asked = torch.cat([times.expand(len(x0), -1), i[:, None]], 1)
+    rising, order = asked.sort(1)
     noise = trajectory_noise(x0, gamma, T, generator, rising)
-    back = like_heads(order.argsort(1)).expand_as(noise)
-    noise = noise.gather(1, back)
+    rows = torch.arange(len(x0), device=x0.device)[:, None]
+    noise = noise[rows, order.argsort(1)]                     # in the order that was asked for
     return noise[:, -1], noise[:, :-1]
 
 
@@ -186,9 +196,9 @@ class Encoder(nn.Module):
 class ScaleVAE(nn.Module):
     """G_θ: from x_i the image scale, or the image, by way of a code [B, code]; and the code's KL.
 
-    The code is random numbers that say which image it is. The paper's is made of x_i alone, so at T
-    it knows nothing. A conditional VAE's is drawn of x_i and the truth in training; the KL pulls a
-    prior, which sees x_i alone, near to it, for sampling.
+    The code is random numbers that say which image it is. The paper's code is made of x_i alone, so
+    at T it knows nothing. A conditional VAE samples it from x_i and the truth in training; the KL
+    pulls a prior, which sees x_i alone, near to it, for sampling.
     """
 
     def __init__(self, channels, size, width, code, conditional):
@@ -309,7 +319,7 @@ def read_scale(raw, scale, gamma):
 
 
 def guess(xi, rate, i, x0, spread):
-    """(mean, std) of the image given x_i, if it is N(x0, spread²): heads name only what is left."""
+    """(mean, std) of the image given x_i, if it is N(x0, spread²). Heads name the rest."""
     kept_i = kept(rate, i)
     added_i = added(rate, i)
     both = kept_i * spread ** 2 + added_i
@@ -321,8 +331,7 @@ def guess(xi, rate, i, x0, spread):
 def read_heads(raw, xi, rate, i, times, mean=None, std=None):
     """Z, 0 for steps beyond i. raw: the outputs [B, m, C, H, W] of the heads of `times` [m].
 
-    They are noises; or, with (mean, std) by `guess`, (image - mean)/std, and Z^j is the noise that
-    goes with this image. (In print the mask's inequality is illegible.)
+    They are noises; or, with (mean, std) by `guess`, (image - mean)/std, whose noise is Z^j then.
     """
     if mean is not None:
         x0 = mean[:, None] + std[:, None] * raw
@@ -347,17 +356,17 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
          kl=0.02):
     """The loss of each example, [B]: Eq. 15, the VAE's squared error, and kl times its KL a pixel.
 
-    eps_i, eps: by `draw_trajectory`. With predict="x0" all heads have one target, by `guess`.
+    eps_i, eps: by `draw_trajectory`. With predict="x0" all heads get one target (one would do).
     """
     xi = diffuse(x0, eps_i, i, gamma, T)
     truth = x_delta(x0, gamma) if scale == "delta" else x0
     raw, divergence, shown, outputs = model(xi, i / T, z, truth, heads)
+    target = eps
     if predict == "x0":
-        rate = rate_of(shown, T)
-        mean, std = guess(xi, rate, i, rate * T / gamma, SPREAD[scale])
-        target = (x0 - mean) / std
-        eps = target[:, None]
-    error = (outputs - eps).square().flatten(2).mean(2)                                # Eq. 15
+        named = -shown.log() / gamma                          # the image that x̂_δ names
+        mean, std = guess(xi, rate_of(shown, T), i, named, SPREAD[scale])
+        target = ((x0 - mean) / std)[:, None]
+    error = (outputs - target).square().flatten(2).mean(2)                             # Eq. 15
     of_heads = (weights * error).sum(1)
     of_vae = (raw - truth).square().flatten(1).mean(1)
     of_code = divergence / x0[0].numel()
@@ -366,21 +375,22 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
 
 # ---------------------------------------------------------------------------------------- 4 sampler
 
-def reverse_walk(xi, n, x_delta, Z, T, mode="mean", generator=None, *, grid="uniform", noise=True):
+def reverse_walk(xi, i, x_delta, Z, T, mode="mean", generator=None, *, grid="uniform", noise=True):
     """From x_i to x̂₀ by the T noises that one pass has named. Yields (j, x̂_j, x̂₀) before step j,
-    and (0, image, image) at last. n: how many steps there are to go.
+    and (0, image, image) at last. i: the number of the first step, or of each image's, [B].
 
     mode "literal": Algorithm 1, with ᾱ under the root of line 9, where α is printed. Each Z^j was
     made for the forward path's x_j, and nothing brings x̂_j back to it: with the true ε̃_j it ends
     √(2(e^{γ x₀} - 1)) away from the image (√(e^{γ x₀} - 1) without fresh noise). But a squared
     error teaches Z^j = E[ε̃_j | x_i, x̂_δ]; by these, without noise, it ends at the image, if x̂_δ
-    is right. mode "mean" is that, with x̂₀ kept in [LOW, 1].
+    is right. mode "mean" is that (line 9 is `posterior`'s mean), with x̂₀ kept in [LOW, 1].
     """
     if mode not in ("mean", "literal"):
         raise ValueError(f"there is no mode {mode}")
     x = xi
     rate = rate_of(x_delta, T)
-    for j in range(n, 0, -1):
+    first = int(torch.as_tensor(i).max())
+    for j in range(first, 0, -1):
         here = place(j, T, grid)
         there = place(j - 1, T, grid)
         z = Z[:, j - 1]
@@ -392,10 +402,10 @@ def reverse_walk(xi, n, x_delta, Z, T, mode="mean", generator=None, *, grid="uni
         if mode == "literal":
             step = here - there
             y = x - added(rate, step) / spread * z
-            y = y / kept(rate, step).sqrt()                                            # Eq. 4
+            y = y / kept(rate, step).sqrt()                                    # Eq. 4, line 9
             if noise:
                 y = y + variance.sqrt() * data.randn(y, generator)                     # Eq. 6
-        x = y
+        x = torch.where(like_image(i) >= j, y, x) if torch.is_tensor(i) else y
     yield 0, x, x
 
 
@@ -478,7 +488,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(PixelAware, network(s, images.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
-    model = precise(run.parallel(net), run.bf16)
+    model = run.parallel(net)
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
         x0 = to_pixels(data.batch(images, s.batch_size, g))
@@ -504,22 +514,12 @@ def train(run):
 
 
 def draw_heads(m, T, generator):
-    """m > 1 of the heads, rising: 1, and others with odds 1/√j: only low ones serve small i."""
+    """Head 1 and m - 1 others, with odds 1/√j, rising. (Small i needs the low heads alone.)"""
     rest = torch.arange(2, T + 1, device=generator.device)
     if m < T:
         chosen = torch.multinomial(rest ** -0.5, m - 1, generator=generator)
         rest = rest[chosen.sort()[0]]
     return F.pad(rest, (1, 0), value=1)
-
-
-def precise(net, bf16):
-    """net, computing in bf16 if asked to."""
-
-    def model(x, *inputs):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            return net(x, *inputs)
-
-    return model
 
 
 # ----------------------------------------------------------------------------------- 6 command line
@@ -560,8 +560,8 @@ def trained(run):
     """(G, R) as `walk` calls them, with the averaged weights."""
     net = run.averaged(PixelAware)
     a = net.of
-    vae = precise(net.vae, run.bf16)
-    parallel = precise(net.parallel, run.bf16)
+    vae = run.quick(net.vae)
+    parallel = run.quick(net.parallel)
     heads = torch.arange(1, a.T + 1, device=run.device)
 
     def G(xi, t, z):
@@ -571,11 +571,11 @@ def trained(run):
     def R(xi, scale, t):
         raw = parallel(xi.float(), scale.float(), t.float(), heads).to(xi.dtype)
         rate = rate_of(scale, a.T)
-        expected = ()
-        if a.predict == "x0":
-            expected = guess(xi, rate, a.T * t, rate * a.T / a.gamma, SPREAD[a.scale])
         times = place(heads.to(xi.dtype), a.T, a.grid)
-        return read_heads(raw, xi, rate, a.T * t, times, *expected)
+        if a.predict == "eps":
+            return read_heads(raw, xi, rate, a.T * t, times)
+        mean, std = guess(xi, rate, a.T * t, -scale.log() / a.gamma, SPREAD[a.scale])
+        return read_heads(raw, xi, rate, a.T * t, times, mean, std)
 
     return G, R
 

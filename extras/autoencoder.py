@@ -124,8 +124,7 @@ def train(run):
         x = x if s.of == "images" else target
         noise = torch.randn((len(x), s.latent, side, side), generator=g, device=g.device)
         x, noise = run.share(x, noise)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=run.bf16):
-            outputs = model(x, noise)
+        outputs = model(x, noise)
         losses = loss(x, *[out.float() for out in outputs], s.structure, s.kl)
         end_step(run, net, ema, optimizer, losses, step)
         run.record(losses, torch.zeros_like(losses))

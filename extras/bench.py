@@ -106,7 +106,7 @@ def library():
     return diffusers
 
 
-def against_diffusers(batch, bf16=False, rounds=5):
+def against_diffusers(batch, rounds=5):
     """Print images/s of our U-Net and diffusers', in training, in a call, and in ten steps."""
     diffusers = library()
     ours = unet.UNet(outputs=(3,)).to(memory_format=torch.channels_last)
@@ -120,7 +120,7 @@ def against_diffusers(batch, bf16=False, rounds=5):
     data.say("ours {:.2f}, diffusers {:.2f} M parameters".format(*sizes))
     x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     t = torch.rand(batch)
-    model = angular.predictor(ours, "eps", bf16)
+    model = angular.predictor(ours, "eps")
 
     @torch.no_grad()
     def denoise(scheduler, image=x):
@@ -148,6 +148,7 @@ SCHEDULERS = {
     "UniPC-2": ("UniPCMultistepScheduler", dict(solver_order=2)),
     "DEIS-3": ("DEISMultistepScheduler", dict(solver_order=3))}
 SIGMAS = {                                                    # noise over image, by even u
+    "even flow time": lambda u: 0.9984 * (1 - u) / (1 - 0.9984 * (1 - u)),     # as `ode3` has it
     "even angle": lambda u: math.tan(0.999 * math.pi / 2 * (1 - u * 0.999)),
     "even log σ, 80 to .01": lambda u: 80 ** (1 - u) * 0.01 ** u,
     "EDM's, 80 to .02": lambda u: (80 ** (1 / 7) * (1 - u) + 0.02 ** (1 / 7) * u) ** 7}
@@ -170,7 +171,7 @@ def by_diffusers(name, grid, script, model, x, steps):
     """The image that a scheduler of diffusers makes of x in so many calls of our network."""
     kind, options = SCHEDULERS[name]
     scheduler = getattr(library(), kind)(prediction_type="sample", **options)
-    last = 1 if grid != "even angle" else 1 - 1 / steps
+    last = 1 - 1 / steps if grid in ("even flow time", "even angle") else 1    # then even to 0
     sigmas = [SIGMAS[grid](last * k / (steps - 1)) for k in range(steps)]
     scheduler.set_timesteps(steps)
     end = 1e-3 if name == "DEIS-3" else 0.0                   # it takes the logarithm
@@ -247,7 +248,7 @@ def fake_gpu(run):
             weight.grad = torch.zeros_like(weight)
 
     run.networks = networks
-    run.averaged = lambda build: nets[1]
+    run.averaged = lambda build: run.quick(nets[1])
     run.steps = lambda *_: [(0, generator)]
     with contextlib.ExitStack() as stack:
         for place, name, value in (
@@ -369,7 +370,7 @@ def main(argv=None):
              f"batches of {batch}; medians of images/s")
     with device, torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
         if args.diffusers:
-            return against_diffusers(batch, bf16)
+            return against_diffusers(batch)
         for name, arguments in NETWORKS.items():
             report(name, arguments, batch, bf16, args.compile)
 

@@ -94,19 +94,16 @@ def test_blurring_3_widths_of_cauchy_blurs_add():
     close(blurred(blurred(x, 1.5), 2.0), blurred(x, 3.5), 1e-13)
 
 
-def test_blurring_5_any_eta_of_t_keeps_the_marginals():
-    """Images that are 0: z_t keeps the variance σ_t² at each t. And it is not Algorithm 1."""
-    z1 = randn(20000, 1, 2, 2)
-
-    def net(z, t):
-        return 0 * z, z / blurring.noise_schedule(t)[1]
-
-    stirred = [*blurring.walk(net, z1, 10, "ddim", 1.0, generator=seeded())]
-    for t, z, _ in stirred[:-1]:
-        _, sigma = blurring.noise_schedule(full(t))
-        close(z.var(), sigma.squeeze() ** 2, 0.03 * sigma.item() ** 2)
-    end = blurring.sample(net, z1, 10, "ancestral", generator=seeded())
-    assert not torch.allclose(stirred[-1][1], end, atol=1e-6)
+def test_blurring_5_eta_leads_from_the_path_to_the_posterior():
+    """Fresh noise of η² times the posterior's variance. With η = 1 the mean is the posterior's."""
+    t, s = full(0.7, 1), full(0.4, 1)
+    ut, ux = randn(2, 1, 5, 6), randn(2, 1, 5, 6, seed=1)
+    mean, variance = blurring.posterior(ut, ux, t, s)
+    still = blurring.ddim_step(ut, ux, t, s)
+    for eta in (0.0, 0.3, 1.0):
+        drawn = blurring.ddim_step(ut, ux, t, s, eta=eta, noise=1j)       # imaginary: the noise
+        close(drawn.imag ** 2, eta ** 2 * variance.expand_as(ut))
+        close(drawn.real, mean if eta == 1 else still if eta == 0 else drawn.real)
 
 
 def gaussian(mean, std):

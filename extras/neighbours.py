@@ -50,12 +50,11 @@ def transition(k, j, size, K, widest):
     return alpha_kj, (1 - alpha_kj ** 2) * SIGMA["ihdm"] ** 2                      # Eq. 17
 
 
-def predictor(net, process="ihdm", bf16=False):
+def predictor(net, process="ihdm"):
     """model(z_k, t): IHDM's f_θ, which is z_k plus the output; or cold diffusion's x̂₀."""
 
     def model(z, t):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            out, = net(z, t)
+        out, = net(z, t)
         out = out.to(z.dtype)
         return z + out if process == "ihdm" else out
 
@@ -101,7 +100,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(unet.UNet, blurring.network(s, images.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
-    model = predictor(run.parallel(net), s.script, run.bf16)
+    model = predictor(run.parallel(net), s.script)
 
     for step, g in run.steps(net, ema, optimizer):
         x0 = data.batch(images, s.batch_size, g)
@@ -153,7 +152,7 @@ def sampler(run):
 def write_samples(run):
     """Pictures or single PNGs, drawn from blurred training images."""
     s = run.settings
-    model = predictor(run.averaged(unet.UNet), s.script, run.bf16)
+    model = predictor(run.averaged(unet.UNet), s.script)
     steps, options = sampler(run)
     images = data.load(run)
 

@@ -215,8 +215,7 @@ class TaskUNet(unet.UNet):
 
 def told(net, condition, run):
     """ddm's model(x_t, t) -> (φ̂, ε̂) by a network that is told a condition."""
-    meaning = ddm.meaning(run.settings)
-    return ddm.predictor(lambda x, t: net(x, t, condition), **meaning, bf16=run.bf16)
+    return ddm.predictor(lambda x, t: net(x, t, condition), **ddm.meaning(run.settings))
 
 
 # -------------------------------------------------------------------------------------- 3 training

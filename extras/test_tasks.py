@@ -542,7 +542,7 @@ def test_gpu_is_given_no_tensor_of_the_cpu_and_asked_for_no_value(task, fuse, fe
         q = tasks.question(run, (0, 0), "image", image[:network["condition"]], None)
         for solver in ddm.SOLVERS:
             run.args.solver = solver
-            for _, x, x0 in tasks.walk(run, nets[1], q.condition, torch.Generator()):
+            for _, x, x0 in tasks.walk(run, run.averaged(None), q.condition, torch.Generator()):
                 answer = tasks.finish(task, x0, q.condition)
                 assert x.device == answer.device == gpu
         assert tasks.baseline(task, q)[1].device == gpu
