@@ -506,14 +506,14 @@ def load_checkpoint(path):
 # ------------------------------------------------------------------------------------- pictures out
 
 def draw(run, walk, calls, looks=None, **options):
-    """Two pictures, or PNGs, of --n images by a `walk` of `looks` or `calls` yields and a last."""
+    """Write --n images, as two pictures or PNGs, by walk(x1, generators) -> (t, x_t, x̂₀), ..."""
     args, network = run.args, run.checkpoint["network"]
     base = run.checkpoint["method"]["seed"] if args.seed is None else args.seed
     weights = hashlib.sha256((run.directory / "checkpoint.pt").read_bytes()).hexdigest()[:16]
     named = dict(checkpoint=weights, seed=base, bf16=run.bf16, calls=calls) | options
     text = ", ".join(f"{key} {value}" for key, value in named.items())
     numbers = missing(run, text) if args.out else [] if run.rank else range(args.n)
-    looks, images, frames = looks or calls, {}, []
+    looks, images, frames = looks or calls, {}, []            # looks: of walk, before the last
     shown, size = {round(k * looks / 10) for k in range(11)}, network["size"]
     at_once = max(1, min(len(numbers), (512 if run.cuda else 64) * 32 ** 2 // size ** 2))
     for now in np.resize(numbers, (-(-len(numbers) // at_once), at_once)).tolist():   # fills it up

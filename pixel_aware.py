@@ -1,8 +1,8 @@
 """Every pixel its own schedule, and the whole way back from noise in one pass of the network.
 
 The paper (anonymous, under review, 2024) lets a bright pixel fade faster than a dark one, so that
-all are noise at the same time: as of several glasses, to empty all at once, one pours out the full
-one faster. A pixel x₀ in (0, 1] ends with e^{-γ x₀} of its power. (Dark ones do not quite become
+all become noise at the same time, as one pours faster from the fuller of two glasses to empty both
+together. A pixel x₀ in (0, 1] ends with e^{-γ x₀} of its power. (Dark ones do not quite become
 noise.) The way back needs x₀ for its schedule. So a first network, a variational autoencoder G_θ,
 guesses the image scale x_δ = e^{-γ x₀}: it has less detail and so, the paper says, is easier. (Here
 G_θ names x₀; x̂_δ follows.) A second, R_φ, sees x_i and x̂_δ, which tells how noisy each pixel is.
