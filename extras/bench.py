@@ -145,11 +145,12 @@ def against_diffusers(batch, rounds=5):
 OURS = {ddm: ("ode3", "ode2", "ode"), angular: ("ddim3", "ddim2", "ddim", "euler")}
 SCHEDULERS = {
     "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", dict(solver_order=2)),
+    "DPM-Solver++ 3M": ("DPMSolverMultistepScheduler", dict(solver_order=3)),
     "UniPC-2": ("UniPCMultistepScheduler", dict(solver_order=2)),
+    "UniPC-3": ("UniPCMultistepScheduler", dict(solver_order=3)),
     "DEIS-3": ("DEISMultistepScheduler", dict(solver_order=3))}
 SIGMAS = {                                                    # noise over image, by even u
     "even flow time": lambda u: 0.9984 * (1 - u) / (1 - 0.9984 * (1 - u)),     # as `ode3` has it
-    "even angle": lambda u: math.tan(0.999 * math.pi / 2 * (1 - u * 0.999)),
     "even log σ, 80 to .01": lambda u: 80 ** (1 - u) * 0.01 ** u,
     "EDM's, 80 to .02": lambda u: (80 ** (1 / 7) * (1 - u) + 0.02 ** (1 / 7) * u) ** 7}
 
@@ -171,7 +172,7 @@ def by_diffusers(name, grid, script, model, x, steps):
     """The image that a scheduler of diffusers makes of x in so many calls of our network."""
     kind, options = SCHEDULERS[name]
     scheduler = getattr(library(), kind)(prediction_type="sample", **options)
-    last = 1 - 1 / steps if grid in ("even flow time", "even angle") else 1    # then even to 0
+    last = 1 if grid != "even flow time" else 1 - 1 / steps   # whose last step, to 0, is even too
     sigmas = [SIGMAS[grid](last * k / (steps - 1)) for k in range(steps)]
     scheduler.set_timesteps(steps)
     end = 1e-3 if name == "DEIS-3" else 0.0                   # it takes the logarithm
