@@ -669,8 +669,8 @@ def open_run(script, doc, flags, sampling, presets, argv=None):
     if args.preset:
         with refusals("there is no preset"):
             chosen = presets[f"paper {dataset}"] | chosen
-    kinds, known = [{*zip(each, map(type, each.values()))} for each in (saved, settings)]
-    if saved and (kinds != known or saved["script"] != script):
+    kinds = [{name: type(value) for name, value in each.items()} for each in (saved, settings)]
+    if saved and (kinds[0] != kinds[1] or saved["script"] != script):
         raise Problem(f"{directory} is no run of this {script}: choose another --run")
     if saved and not args.train:
         chosen.pop("seed", None)                              # it is the samples' seed then

@@ -369,8 +369,7 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
     error = (outputs - target).square().flatten(2).mean(2)                             # Eq. 15
     of_heads = (weights * error).sum(1)
     of_vae = (raw - truth).square().flatten(1).mean(1)
-    of_code = divergence / x0[0].numel()
-    return of_heads + of_vae + kl * of_code
+    return of_heads + of_vae + kl * divergence / x0[0].numel()
 
 
 # ---------------------------------------------------------------------------------------- 4 sampler
@@ -569,13 +568,14 @@ def trained(run):
         return read_scale(raw.to(xi.dtype), a.scale, a.gamma)
 
     def R(xi, scale, t):
+        i = a.T * t
         raw = parallel(xi.float(), scale.float(), t.float(), heads).to(xi.dtype)
         rate = rate_of(scale, a.T)
         times = place(heads.to(xi.dtype), a.T, a.grid)
         if a.predict == "eps":
-            return read_heads(raw, xi, rate, a.T * t, times)
-        mean, std = guess(xi, rate, a.T * t, -scale.log() / a.gamma, SPREAD[a.scale])
-        return read_heads(raw, xi, rate, a.T * t, times, mean, std)
+            return read_heads(raw, xi, rate, i, times)
+        mean, std = guess(xi, rate, i, -scale.log() / a.gamma, SPREAD[a.scale])
+        return read_heads(raw, xi, rate, i, times, mean, std)
 
     return G, R
 
