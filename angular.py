@@ -297,7 +297,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(unet.UNet, network(s, images.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
-    model = predictor(run.parallel(net), s.predict)
+    model = predictor(run.ready(net, training=True), s.predict)
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
         x0 = data.batch(images, s.batch_size, g)
@@ -369,7 +369,7 @@ def sampler(run):
 
 def trained(run):
     """The model to sample with: the averaged weights, and what their outputs mean."""
-    return predictor(run.averaged(unet.UNet), run.settings.predict)
+    return predictor(run.ready(run.averaged(unet.UNet)), run.settings.predict)
 
 
 def write_samples(run):

@@ -35,7 +35,7 @@ sees and answers in pixels.
 Three choices here are not the paper's. The flag in brackets undoes each, and docs/blurring.md says
 what was measured: the network predicts v (--predict eps), x̂₀ is kept in [-1, 1] (--no-clip), and a
 second-order solver takes few steps, small ones near t = 0 (--solver ancestral). Appendix A's
-pseudo-code does not run as printed; each correction stands beside its line.
+pseudo-code does not run as printed: see the page's table "Differs".
 """
 
 import functools
@@ -304,7 +304,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(unet.UNet, network(s, images.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
-    model = predictor(run.parallel(net), s.predict, **blur_of(s))
+    model = predictor(run.ready(net, training=True), s.predict, **blur_of(s))
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
         x0 = data.batch(images, s.batch_size, g)
@@ -369,7 +369,7 @@ def sampler(run):
 def trained(run):
     """The model to sample with: the averaged weights, and what their output means."""
     s = run.settings
-    return predictor(run.averaged(unet.UNet), s.predict, **blur_of(s))
+    return predictor(run.ready(run.averaged(unet.UNet)), s.predict, **blur_of(s))
 
 
 def write_samples(run):

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils._pytree import tree_map
 
 # ------------------------------------------------------------------------------ what a user is told
 
@@ -308,40 +307,34 @@ class Run:
         ema.load_state_dict(net.state_dict())
         return [each.to(self.device, memory_format=torch.channels_last) for each in (net, ema)]
 
-    def parallel(self, net):
-        """The network to call in training: on a GPU compiled; one gradient for all processes."""
-        net = self.fast(net, self.cuda)
-        if self.world > 1:
-            net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-        return net
-
     def averaged(self, build):
         """The network to sample with: the checkpoint's, with its averaged weights."""
         self.checkpoint = load_checkpoint(self.directory / "checkpoint.pt")
         with refusals("the checkpoint's network cannot be built:", 1, Exception):
             net = build(**self.checkpoint["network"])
         self.restore(ema=net)
-        net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        return self.quick(net)
+        return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
-    def quick(self, net):
-        """A network, or a part of one, to sample with: on a GPU compiled, if it pays."""
-        return self.fast(net, self.cuda and self.args.n >= 2000, mode="reduce-overhead")
+    def ready(self, net, training=False):
+        """net, or a part of one, to call: in bf16, compiled, shared, as the run has it."""
+        pays = self.cuda and (training or self.args.n >= 2000)
+        if pays if self.args.compile is None else self.args.compile:
+            net = self.compiled(net, None if training else "reduce-overhead")
+        if training and self.world > 1:                       # one gradient for all processes
+            net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+        return torch.autocast(self.device.type, torch.bfloat16, self.bf16, cache_enabled=False)(net)
 
-    def fast(self, net, by_default, **options):
-        """net in bf16, as --precision says; compiled, as --compile says, or by default."""
-        cast = torch.autocast(self.device.type, torch.bfloat16, self.bf16, cache_enabled=False)
-        net.forward = cast(net.forward)
-        if not (by_default if self.args.compile is None else self.args.compile):
-            return net
+    def compiled(self, net, mode):
+        """net by torch.compile, or as it is where there is no compiler."""
         try:
             torch.compile(torch.sin)(torch.ones(2, device=self.device))
         except Exception as error:                            # there may be no Triton, gcc, headers
             say(f"not compiled, and slower: {str(error)[:200]}".splitlines()[0])
             return net
-        fast = torch.compile(net, **options)
-        if options:                                           # its next call overwrites its outputs
-            fast.register_forward_hook(lambda _, __, y: tree_map(torch.clone, y))
+        fast = torch.compile(net, mode=mode)
+        if mode:                                              # its next call overwrites its outputs
+            fast.register_forward_hook(lambda _, __, out: out.clone() if torch.is_tensor(out)
+                                       else tuple(each.clone() for each in out))
         return fast
 
     def restore(self, **parts):
@@ -349,6 +342,9 @@ class Run:
         with refusals("the checkpoint does not fit the network it names:", 1, Exception):
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint[name])
+            for weight in parts["model"].parameters() if "optimizer" in parts else ():
+                moments = parts["optimizer"].state[weight]
+                torch.stack([weight, moments["exp_avg"], moments["exp_avg_sq"]])      # of one shape
 
     def steps(self, net, ema, optimizer):
         """Yield (step, generator). Save each minute, at the end, and at Ctrl-C, SIGTERM, SIGHUP."""
@@ -410,7 +406,7 @@ class Run:
         """Every ten seconds, at first sooner, and at the last: the progress, also in log.jsonl."""
         s, now = self.settings, time.monotonic()
         seconds = max(now - self.looked, 1e-9)
-        if seconds < min(10, 1 + self.looked - self.began) and not last:    # it makes a GPU wait
+        if seconds < min(10, 1 + self.looked - self.began) and not last:    # looking stalls GPUs
             return
         losses, counts = self.sums.tolist()
         mean = sum(losses) / max(1, sum(counts))
@@ -516,7 +512,10 @@ def draw(run, walk, calls, looks=None, **options):
     looks, images, frames = looks or calls, {}, []            # looks: of walk, before the last
     shown, size = {round(k * looks / 10) for k in range(11)}, network["size"]
     at_once = max(1, min(len(numbers), (512 if run.cuda else 64) * 32 ** 2 // size ** 2))
-    for now in np.resize(numbers, (-(-len(numbers) // at_once), at_once)).tolist():   # fills it up
+    numbers = list(numbers)
+    for first in range(0, len(numbers), at_once):
+        now = numbers[first:first + at_once]
+        now = (now + numbers)[:at_once]                       # the last is filled up: one shape
         generators = image_generators(base, now)              # image i is a function of (seed, i)
         x1 = torch.empty(len(now), network["channels"], size, size, device=run.device)
         x1 = randn(x1, generators).contiguous(memory_format=torch.channels_last)

@@ -296,7 +296,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(unet.UNet, network(s, images.shape[1]))
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, fused=True)
-    model = predictor(run.parallel(net), **meaning(s))
+    model = predictor(run.ready(net, training=True), **meaning(s))
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
         x0 = SCALE.get(s.h, 1) * data.batch(images, s.batch_size, g)           # section 7
@@ -340,7 +340,7 @@ FLAGS = dict(
 SAMPLING = dict(
     steps=(10, "steps of the solver, each a network call", None),
     solver=("", "order 3, 2, 1, or Algorithm 2 (ode3; ode if h is not constant)", tuple(SOLVERS)),
-    grid=("flow", "even steps of flow time (for √t), of √t, or of t (paper)", tuple(GRIDS)),
+    grid=("flow", "even steps of flow time (of noise √t), √t, or t (paper)", tuple(GRIDS)),
     heads=("", "outputs that add up to x_t, or raw (project; ddm: raw)", ("project", "raw")),
     clip=(False, "keep every x̂₀ in [-1, 1]", None))
 PAPER = dict(precondition=False, time_power=1.0, blocks=3, attention=(16, 8), lr=1e-4, ema=0.9999)
@@ -374,7 +374,7 @@ def sampler(run):
 
 def trained(run):
     """The model to sample with: the averaged weights, and what their outputs mean."""
-    return predictor(run.averaged(unet.UNet), **meaning(run.settings))
+    return predictor(run.ready(run.averaged(unet.UNet)), **meaning(run.settings))
 
 
 def write_samples(run):

@@ -82,7 +82,7 @@ def alpha_bar(x_delta, i, T):
 
 
 def rate_of(x_delta, T):
-    """-ln α = γ x₀/T, which keeps its digits where α is near 1. All that follows takes it."""
+    """-ln α = γ x₀/T, which keeps its digits where α is near 1."""
     return -x_delta.log() / T
 
 
@@ -331,7 +331,7 @@ def guess(xi, rate, i, x0, spread):
 def read_heads(raw, xi, rate, i, times, mean=None, std=None):
     """Z, 0 for steps beyond i. raw: the outputs [B, m, C, H, W] of the heads of `times` [m].
 
-    They are noises; or, with (mean, std) by `guess`, (image - mean)/std, whose noise is Z^j then.
+    They are noises; or, with `guess`'s (mean, std), (image - mean)/std: Z^j is its noise then.
     """
     if mean is not None:
         x0 = mean[:, None] + std[:, None] * raw
@@ -356,7 +356,7 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
          kl=0.02):
     """The loss of each example, [B]: Eq. 15, the VAE's squared error, and kl times its KL a pixel.
 
-    eps_i, eps: by `draw_trajectory`. With predict="x0" all heads get one target (one would do).
+    eps_i, eps: by `draw_trajectory`. With predict="x0" the heads share a target, so one would do.
     """
     xi = diffuse(x0, eps_i, i, gamma, T)
     truth = x_delta(x0, gamma) if scale == "delta" else x0
@@ -374,9 +374,9 @@ def loss(model, x0, i, eps_i, eps, weights, z, heads, T, gamma, scale="image", p
 
 # ---------------------------------------------------------------------------------------- 4 sampler
 
-def reverse_walk(xi, i, x_delta, Z, T, mode="mean", generator=None, *, grid="uniform", noise=True):
+def reverse_walk(xi, n, x_delta, Z, T, mode="mean", generator=None, *, grid="uniform", noise=True):
     """From x_i to x̂₀ by the T noises that one pass has named. Yields (j, x̂_j, x̂₀) before step j,
-    and (0, image, image) at last. i: the number of the first step, or of each image's, [B].
+    and (0, image, image) at last. n: how many steps are to go, also for each image, [B].
 
     mode "literal": Algorithm 1, with ᾱ under the root of line 9, where α is printed. Each Z^j was
     made for the forward path's x_j, and nothing brings x̂_j back to it: with the true ε̃_j it ends
@@ -388,7 +388,7 @@ def reverse_walk(xi, i, x_delta, Z, T, mode="mean", generator=None, *, grid="uni
         raise ValueError(f"there is no mode {mode}")
     x = xi
     rate = rate_of(x_delta, T)
-    first = int(torch.as_tensor(i).max())
+    first = int(torch.as_tensor(n).max())
     for j in range(first, 0, -1):
         here = place(j, T, grid)
         there = place(j - 1, T, grid)
@@ -404,7 +404,7 @@ def reverse_walk(xi, i, x_delta, Z, T, mode="mean", generator=None, *, grid="uni
             y = y / kept(rate, step).sqrt()                                    # Eq. 4, line 9
             if noise:
                 y = y + variance.sqrt() * data.randn(y, generator)                     # Eq. 6
-        x = torch.where(like_image(i) >= j, y, x) if torch.is_tensor(i) else y
+        x = torch.where(like_image(n) >= j, y, x) if torch.is_tensor(n) else y
     yield 0, x, x
 
 
@@ -487,7 +487,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(PixelAware, network(s, images.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
-    model = run.parallel(net)
+    model = run.ready(net, training=True)
 
     for step, g in run.steps(net, ema, optimizer):            # resumes, logs, saves, ends on Ctrl-C
         x0 = to_pixels(data.batch(images, s.batch_size, g))
@@ -559,8 +559,8 @@ def trained(run):
     """(G, R) as `walk` calls them, with the averaged weights."""
     net = run.averaged(PixelAware)
     a = net.of
-    vae = run.quick(net.vae)
-    parallel = run.quick(net.parallel)
+    vae = run.ready(net.vae)
+    parallel = run.ready(net.parallel)
     heads = torch.arange(1, a.T + 1, device=run.device)
 
     def G(xi, t, z):

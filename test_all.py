@@ -570,8 +570,8 @@ def test_blurring_noise_schedule_is_that_of_the_appendix():
 @BLUR
 def test_blurring_chain_and_posterior_are_gaussian_conditioning(blur):
     """Eq. 16 takes the marginal at s to that at t, so transitions compose. Eq. 18, 19 condition by
-    cov(u_s, u_t) = α_t|s σ_s², and Eq. 24 has their mean. ddim keeps the marginals, and is Eq. 19
-    for eta = 1. Catches any coefficient; Appendix A has three wrong ones.
+    cov(u_s, u_t) = α_t|s σ_s², and Eq. 24 has their mean. ddim keeps x and ε. Catches any
+    coefficient; Appendix A has three wrong ones.
     """
     s, t = torch.triu_indices(9, 9, 1).double() / 8
     alpha_s, sigma_s = blurring.alpha_sigma(s, (8, 12), **blur)
@@ -1594,13 +1594,14 @@ def test_networks_predictors_and_losses_have_no_graph_break(script, cli, monkeyp
     """
     called = set()
     torch._dynamo.reset()
-    whole = torch.compile(script.loss, fullgraph=True, backend="eager")
-    monkeypatch.setattr(script, "loss", whole)
+    whole = functools.partial(torch.compile, fullgraph=True, backend="eager")
+    monkeypatch.setattr(script, "loss", whole(script.loss))
 
     def compile(net, **_):
+        fast = net if getattr(net, "training", True) else whole(net)     # training is in the loss
         if isinstance(net, nn.Module):
-            net.register_forward_hook(lambda *_: called.add(net))
-        return net
+            fast.register_forward_hook(lambda *_: called.add(net))
+        return fast
 
     monkeypatch.setattr(torch, "compile", compile)
     for flags, nets in (("", 0), ("--compile", 3 if script is pixel_aware else 2)):
@@ -1743,7 +1744,8 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
     evil = type("Evil", (), dict(__reduce__=lambda _: (os.mkdir, ("executed",))))()
     flipped = bytearray(good)
     flipped[good.index(saved["ema"]["first.bias"].numpy().tobytes())] ^= 1
-    both = "--train --sample"
+    both, optimizer = "--train --sample", saved["optimizer"]
+    odd = {k: v | dict(exp_avg=torch.zeros(1)) for k, v in optimizer["state"].items()}
     contents = [(both, bad) for bad in (good[:5000], b"", pickle.dumps(evil), bytes(flipped))]
     for what, part, value in (
             (both, "step", evil),
@@ -1752,6 +1754,8 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
             (both, "ema", {name: weight / 0 for name, weight in saved["ema"].items()}),
             ("--sample", "network", saved["network"] | dict(more=1)),
             ("--train", "model", {}),
+            ("--train", "optimizer", optimizer | dict(state={})),
+            ("--train", "optimizer", optimizer | dict(state=odd)),
             ("--sample", "ema", saved["ema"] | dict(more=torch.zeros(1)))):
         torch.save(saved | {part: value}, path)
         contents.append((what, path.read_bytes()))
@@ -1933,7 +1937,7 @@ def test_six_files_are_enough_and_two_processes_train_what_one_does(tmp_path, cl
         shutil.rmtree("one")
 
 
-def test_printed_commands_and_lines_of_python_run(monkeypatch):
+def test_printed_commands_and_lines_of_python_run(cli):
     """Those of README.md and of the scripts' first lines. Catches a name that is another by now."""
     readme = (HERE / "README.md").read_text()
     text = "\n".join([readme, *(script.__doc__ for script in FOUR)])
@@ -1944,10 +1948,13 @@ def test_printed_commands_and_lines_of_python_run(monkeypatch):
         script = sys.modules[name]
         with contextlib.suppress(SystemExit):                 # of --help
             data.parse(name, "", script.FLAGS | unet.FLAGS, script.SAMPLING, flags.split())
-    monkeypatch.chdir(HERE)
-    exec(re.search(r"```python\n(.*?)```", readme, re.S)[1], lines := {})
-    *_, images = lines.values()
-    assert len(found) > 12 and images.dim() == 4 and images.isfinite().all()
+    cli(ddm, tiny(ddm, 1))
+    shutil.copytree(HERE / "assets/weights/ddm", "assets/weights/ddm")
+    lines = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    for text in (lines, lines.replace("assets/weights/ddm", "runs/ddm-shapes")):
+        exec(text, names := {})
+        *_, images = names.values()
+        assert len(found) > 12 and images.dim() == 4 and images.isfinite().all()
 
 
 @pytest.mark.parametrize("script,flags", [(script, "") for script in FOUR] + [
@@ -1981,7 +1988,7 @@ def test_gpu_is_given_no_tensor_of_the_cpu_and_asked_for_no_value(script, flags,
             (data, "load", lambda run: torch.zeros(9, 3, 8, 8, dtype=torch.uint8, device=gpu)),
             (data, "draw", draw)):
         monkeypatch.setattr(place, name, value)
-    run.networks, run.averaged = networks, lambda kind: run.quick(nets[1])
+    run.networks, run.averaged = networks, lambda kind: nets[1]
     run.steps = lambda *_: [(step, generator) for step in range(2)]
     with FakeTensorMode(allow_non_fake_inputs=True):          # mixed devices and values raise
         run.device, run.bf16, run.sums = gpu, True, torch.zeros(2, 5, device=gpu)

@@ -116,7 +116,7 @@ def train(run):
     channels = len(images[0]) if s.of == "images" else 1
     net, ema = run.networks(Autoencoder, sizes | dict(channels=channels))
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, fused=True)
-    model = run.parallel(net)
+    model = run.ready(net, training=True)
     side = s.image_size // 2 ** (len(s.mult) - 1)
 
     for step, g in run.steps(net, ema, optimizer):

@@ -249,7 +249,7 @@ def fake_gpu(run):
             weight.grad = torch.zeros_like(weight)
 
     run.networks = networks
-    run.averaged = lambda build: run.quick(nets[1])
+    run.averaged = lambda build: nets[1]
     run.steps = lambda *_: [(0, generator)]
     with contextlib.ExitStack() as stack:
         for place, name, value in (

@@ -99,11 +99,15 @@ def test_blurring_5_eta_leads_from_the_path_to_the_posterior():
     t, s = full(0.7, 1), full(0.4, 1)
     ut, ux = randn(2, 1, 5, 6), randn(2, 1, 5, 6, seed=1)
     mean, variance = blurring.posterior(ut, ux, t, s)
-    still = blurring.ddim_step(ut, ux, t, s)
+    alpha_t, sigma_t = blurring.alpha_sigma(t, (5, 6))
+    alpha_s, sigma_s = blurring.alpha_sigma(s, (5, 6))
+    u_eps = (ut - alpha_t * ux) / sigma_t
     for eta in (0.0, 0.3, 1.0):
         drawn = blurring.ddim_step(ut, ux, t, s, eta=eta, noise=1j)       # imaginary: the noise
         close(drawn.imag ** 2, eta ** 2 * variance.expand_as(ut))
-        close(drawn.real, mean if eta == 1 else still if eta == 0 else drawn.real)
+        old = (drawn.real - alpha_s * ux) / u_eps                         # of the old noise
+        close(old ** 2 + drawn.imag ** 2, (sigma_s ** 2).expand_as(ut), 1e-9)
+    close(drawn.real, mean, 1e-9)
 
 
 def gaussian(mean, std):

@@ -56,7 +56,7 @@ def train(run, stage):
     latents = encoded(run, stage)
     net, ema = run.networks(build, network(s, stage))
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, fused=True)
-    model = ddm.predictor(run.parallel(net), **ddm.meaning(s))
+    model = ddm.predictor(run.ready(net, training=True), **ddm.meaning(s))
 
     for step, g in run.steps(net, ema, optimizer):
         index = torch.randint(len(latents), (s.batch_size,), generator=g, device=g.device)
@@ -73,7 +73,7 @@ def train(run, stage):
 
 def write_samples(run, stage):
     """Pictures or single PNGs: sampled latents, decoded."""
-    model = ddm.predictor(run.averaged(build), **ddm.meaning(run.settings))
+    model = ddm.predictor(run.ready(run.averaged(build)), **ddm.meaning(run.settings))
     options = ddm.sampler(run)
 
     def walked(x1, generators):

@@ -100,7 +100,7 @@ def train(run):
     images = data.load(run)
     net, ema = run.networks(unet.UNet, blurring.network(s, images.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
-    model = predictor(run.parallel(net), s.script)
+    model = predictor(run.ready(net, training=True), s.script)
 
     for step, g in run.steps(net, ema, optimizer):
         x0 = data.batch(images, s.batch_size, g)
@@ -152,7 +152,7 @@ def sampler(run):
 def write_samples(run):
     """Pictures or single PNGs, drawn from blurred training images."""
     s = run.settings
-    model = predictor(run.averaged(unet.UNet), s.script)
+    model = predictor(run.ready(run.averaged(unet.UNet)), s.script)
     steps, options = sampler(run)
     images = data.load(run)
 

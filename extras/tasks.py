@@ -232,7 +232,7 @@ def train(run):
     build = functools.partial(TaskUNet, pretrained=s.pretrained and not run.checkpoint)
     net, ema = run.networks(build, network(s, channels, run.stage))
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, fused=True)
-    parallel = run.parallel(net)
+    ready = run.ready(net, training=True)
 
     for step, g in run.steps(net, ema, optimizer):
         patches = task_data.batch(pairs, s.script, s.image_size, s.batch_size, g)
@@ -245,7 +245,7 @@ def train(run):
         phi = ddm.draw_phi(x0, s.h, g)                                         # Alg. 1, line 3
         x0, phi, eps, t, condition = run.share(x0, phi, eps, t, condition)
 
-        model = told(parallel, condition, run)
+        model = told(ready, condition, run)
         losses = ddm.loss(
             model, x0, phi, eps, t, s.h, s.noise, s.predict, s.weights, s.norm, s.delta)
         optimizer.zero_grad()
@@ -307,7 +307,7 @@ def walk(run, net, condition, generator):
 
     def model_of(part):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-            return told(net, net.encode(part), run)
+            return told(net.call, net.encode(part), run)
 
     right, below = [lacking(condition.shape[axis]) for axis in (3, 2)]
     condition = F.pad(condition, (0, right, 0, below), mode="replicate")
@@ -440,7 +440,8 @@ def score(task, picture, q):
 def respond(run, evaluating):
     """--evaluate, which prints scores, or --sample: a picture, or with --out or --input PNGs."""
     task, args = run.settings.script, run.args
-    net = run.averaged(TaskUNet)
+    trained = run.averaged(TaskUNet)
+    net = types.SimpleNamespace(call=run.ready(trained), encode=trained.encode)
     base = run.settings.seed if args.seed is None else args.seed
     single = args.out or args.input
     items = test_items(run, args.n if evaluating or single else min(args.n, 8))

@@ -187,7 +187,7 @@ def test_two_processes_share_what_one_draws(task, cli, monkeypatch):
     cli(tasks, f"{task} {TINY} --iterations 2 --run whole")
     monkeypatch.setattr(data.Run, "networks", two)
     monkeypatch.setattr(data.Run, "barrier", lambda run: None)
-    monkeypatch.setattr(data.Run, "parallel", lambda run, net: net)
+    monkeypatch.setattr(data.Run, "ready", lambda run, net, training: net)
     for rank in (0, 1):
         cli(tasks, f"{task} {TINY} --iterations 2 --run part{rank}")
     for whole, *parts in zip(seen[:2], seen[2:4], seen[4:]):
@@ -354,6 +354,15 @@ def test_flops_count_attention():
     attention = unet.Attention(256, 64)
     work = bench.flops(lambda x, t: attention(x), torch.randn(1, 256, 16, 16), None)
     close(work, 2 * (4 + 2) * 256 ** 3)
+
+
+@pytest.mark.parametrize("flag, dtype", (("bf16", torch.bfloat16), ("fp32", torch.float32)))
+def test_precision_is_of_a_networks_layers(flag, dtype):
+    """In bf16 if asked for. Catches a flag that is not heeded."""
+    run = data.open_run("ddm", "", ddm.FLAGS | unet.FLAGS, ddm.SAMPLING, {},
+                        ["--train", "--run", "none", "--precision", flag])
+    for training in (True, False):
+        assert run.ready(torch.nn.Linear(2, 2), training)(torch.ones(1, 2)).dtype == dtype
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 3, 80])

@@ -286,7 +286,7 @@ def test_walk_in_latents_answers_images_of_any_size(h, w, monkeypatch):
     network = dict(channels=1, first_stage=dict(factor=4))
     run = types.SimpleNamespace(settings=s, args=s, device=torch.device("cpu"), bf16=False,
                                 checkpoint=dict(network=network))
-    net = types.SimpleNamespace(encode=lambda part: part[..., ::4, ::4])
+    net = types.SimpleNamespace(call=None, encode=lambda part: part[..., ::4, ::4])
     condition = torch.randn(1, 1, h, w)
     for t, x, x0 in tasks.walk(run, net, condition, torch.Generator()):
         torch.testing.assert_close(x0, condition[..., ::4, ::4], rtol=0, atol=1e-5)

@@ -535,7 +535,7 @@ def test_pixel_aware_heads_mean_in_sampling_what_training_taught(predict, scale)
     of = types.SimpleNamespace(T=5, gamma=20, grid="uniform", scale=scale, predict=predict)
     net = types.SimpleNamespace(of=of, vae=None, parallel=lambda *_: -48 * slope)
     run = types.SimpleNamespace(
-        device=torch.device("cpu"), averaged=lambda kind: net, quick=lambda part: part)
+        device=torch.device("cpu"), averaged=lambda kind: net, ready=lambda part: part)
     _, R = pixel_aware.trained(run)
     xi = pixel_aware.diffuse(x0, eps_i, i, 20, 5)
     Z = R(xi, shown, i / 5)

@@ -226,7 +226,7 @@ def test_walk_answers_images_of_any_size(h, w, batches, monkeypatch):
 
     monkeypatch.setattr(tasks, "told", told)
     run = fake_run("edges", checkpoint=dict(network=dict(channels=1)))
-    net = types.SimpleNamespace(encode=lambda part: part)
+    net = types.SimpleNamespace(call=None, encode=lambda part: part)
     condition = randn(1, 1, h, w)
     for t, x, x0 in tasks.walk(run, net, condition, torch.Generator()):
         torch.testing.assert_close(x0, condition, rtol=0, atol=1e-5)
@@ -539,10 +539,11 @@ def test_gpu_is_given_no_tensor_of_the_cpu_and_asked_for_no_value(task, fuse, fe
     monkeypatch.setattr(torch.Tensor, "cpu", None)
     with bench.fake_gpu(run) as nets:
         tasks.train(run)
+        net = types.SimpleNamespace(call=run.ready(nets[1]), encode=nets[1].encode)
         q = tasks.question(run, (0, 0), "image", image[:network["condition"]], None)
         for solver in ddm.SOLVERS:
             run.args.solver = solver
-            for _, x, x0 in tasks.walk(run, run.averaged(None), q.condition, torch.Generator()):
+            for _, x, x0 in tasks.walk(run, net, q.condition, torch.Generator()):
                 answer = tasks.finish(task, x0, q.condition)
                 assert x.device == answer.device == gpu
         assert tasks.baseline(task, q)[1].device == gpu
