@@ -35,7 +35,7 @@ sees and answers in pixels.
 Three choices here are not the paper's. The flag in brackets undoes each, and docs/blurring.md says
 what was measured: the network predicts v (--predict eps), x̂₀ is kept in [-1, 1] (--no-clip), and a
 second-order solver takes few steps, small ones near t = 0 (--solver ancestral). Appendix A's
-pseudo-code does not run as printed: see the page's table "Differs".
+pseudo-code does not run as printed; docs/blurring.md lists the corrections.
 """
 
 import functools
