@@ -15,7 +15,6 @@ import copy
 import hashlib
 import math
 import pathlib
-import sys
 
 import numpy as np
 import torch

@@ -32,7 +32,7 @@ import data
 import ddm
 import unet
 from extras import task_data
-from extras.autoencoder import FirstStage
+from extras.autoencoder import FirstStage, end_step
 from extras.task_data import TARGETS
 
 SCALE = 4                    # of super-resolution, each way
@@ -248,13 +248,7 @@ def train(run):
         model = told(ready, condition, run)
         losses = ddm.loss(
             model, x0, phi, eps, t, s.h, s.noise, s.predict, s.weights, s.norm, s.delta)
-        optimizer.zero_grad()
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        lr = s.lr * max((1 - step / s.iterations) ** 0.96, 0.1)                # ADM, Sec. V-A
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        data.average(ema, net, s.ema, step)
+        end_step(run, net, ema, optimizer, losses, step)
         run.record(losses, t)
 
 
@@ -581,7 +575,7 @@ def check(run):
 @data.command
 def main(argv=None):
     """The command line: a task, and then flags. Exits as the scripts do."""
-    task, *flags = sys.argv[1:] if argv is None else argv or [""]
+    task, *flags = (sys.argv[1:] if argv is None else argv) or [""]
     if task not in TARGETS:
         raise data.Problem(f"say {', '.join(TARGETS)} first, then flags (see edges --help)", 2)
     run = data.open_run(task, __doc__, FLAGS, SAMPLING, presets(task), flags)

@@ -162,6 +162,15 @@ def test_neighbours_refuse_what_cannot_be(cli):
     assert "channels" in cli(neighbours, "cold --sample --run r --data-dir RGB", status=1)
 
 
+@pytest.mark.parametrize("module", [neighbours, figures, tasks])
+def test_a_program_without_a_word_says_what_it_takes(module, monkeypatch, capsys):
+    """`python -m extras.NAME`, and no more. Catches a traceback."""
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("task", ["inpainting", "saliency"])
 def test_two_processes_share_what_one_draws(task, cli, monkeypatch):
     """Pairs, holes and noise of a task's training. Catches a draw that depends on the process."""
