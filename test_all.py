@@ -1257,7 +1257,7 @@ def test_unet_gives_a_tensor_for_every_output_and_refuses_odd_sizes(second):
         assert [o.shape for o in out] == [(2, c, 12, 20) for c in outputs]
     with pytest.raises(ValueError, match="multiples of 2, not 9x8"):
         net(torch.randn(1, 3, 9, 8), torch.rand(1))
-    for wrong in (dict(width=12), dict(size=9), dict(second="both")):
+    for wrong in (dict(width=12), dict(size=9), dict(mult=(2, 2)), dict(second="both")):
         with pytest.raises(ValueError):
             small_net(**wrong)
 
@@ -1770,7 +1770,7 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
 
 
 WRONG = {
-    ddm: "--widht 8 | --wid 8 | --mult | --width 12 | "
+    ddm: "--widht 8 | --wid 8 | --mult | --mult 2 2 | --width 12 | "
          "--batch-size x | --batch-size 0 | --image-size 18 | "
          "--ema 2 | --steps 0 | --lr nan | --lr inf | --sigma-data x | --dropout 1 | --seed -1 | "
          "--h linear | --h x | --h linear --no-precondition --solver ode2 | --sample --n 2000 | "

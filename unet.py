@@ -157,8 +157,8 @@ class Decoder(nn.Module):
 
 def check(width, mult, size, second):
     """Raise ValueError for a U-Net that cannot be built."""
-    if not mult:
-        raise ValueError("a network needs a level: give --mult a number")
+    if not mult or mult[0] != 1:
+        raise ValueError("--mult must begin with 1: the width is that of the first level")
     if width % 8 or width <= 0:
         raise ValueError(f"the network's width must be a positive multiple of 8, not {width}")
     stride = 2 ** (len(mult) - 1)
@@ -255,7 +255,7 @@ class UNet(nn.Module):
 # Flags of every script: see data.COMMON.
 FLAGS = dict(
     width=(32, "channels of the U-Net's first level, a multiple of 8", None),
-    mult=((1, 2, 2), "channels of each level, over the width", None),
+    mult=((1, 2, 2), "channels of each level, over the first's width", None),
     blocks=(1, "residual blocks a level", None),
     attention=((8,), "sizes at which the U-Net attends", None),
     dropout=(0.0, "probability", (0, 0.99)))
