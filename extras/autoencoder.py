@@ -284,9 +284,7 @@ PRESETS = dict.fromkeys(data.SIZES, LDM) | dict(shapes=DEMO, folder=LDM | dict(i
 def check(run):
     """Say what cannot be before all else. Raises ValueError or Problem."""
     s, args = run.settings, run.args
-    factor = 2 ** (len(s.mult) - 1)
-    if s.width % 8 or s.image_size % factor:
-        raise ValueError(f"--width must be a multiple of 8, and --image-size of {factor}")
+    unet.check(s.width, s.mult, s.image_size, "conv")
     patches = s.dataset in ("shapes", "folder")
     if not patches and (args.evaluate or s.of != "images"):
         raise ValueError("--evaluate and --of go with --dataset shapes or folder: no other "

@@ -427,7 +427,8 @@ def test_what_is_measured_was_not_trained_on(few, capsys):
 
 @pytest.mark.parametrize("module, flags, words", [
     (autoencoder, "--train --sample", "an autoencoder draws nothing"),
-    (autoencoder, "--train --image-size 18", "--image-size of 4"),
+    (autoencoder, "--train --image-size 18", "a multiple of 4"),
+    (autoencoder, "--train --mult", "must begin with 1"),
     (autoencoder, "--train --dataset cifar10 --evaluate", "--dataset shapes or folder"),
     (autoencoder, "--train --of masks --dataset cifar10", "--dataset shapes or folder"),
     (latent, "--train --clip --sample", "no --clip"),
