@@ -508,11 +508,10 @@ def draw(run, walk, calls, looks=None, **options):
     weights = hashlib.sha256((run.directory / "checkpoint.pt").read_bytes()).hexdigest()[:16]
     named = dict(checkpoint=weights, seed=base, bf16=run.bf16, calls=calls) | options
     text = ", ".join(f"{key} {value}" for key, value in named.items())
-    numbers = missing(run, text) if args.out else [] if run.rank else range(args.n)
+    numbers = list(missing(run, text) if args.out else [] if run.rank else range(args.n))
     looks, images, frames = looks or calls, {}, []            # looks: of walk, before the last
     shown, size = {round(k * looks / 10) for k in range(11)}, network["size"]
     at_once = max(1, min(len(numbers), (512 if run.cuda else 64) * 32 ** 2 // size ** 2))
-    numbers = list(numbers)
     for first in range(0, len(numbers), at_once):
         now = numbers[first:first + at_once]
         now = (now + numbers)[:at_once]                       # the last is filled up: one shape
@@ -598,7 +597,7 @@ MACHINE = dict(
     device=("auto", "auto: a GPU, if there is one", ("auto", "cpu", "cuda", "mps")),
     precision=("auto", "of the layers; auto: bf16 on a GPU that has it", ("auto", "fp32", "bf16")),
     compile=(None, "torch.compile the network (on a GPU, but not for few samples)", None))
-CHANGEABLE = ("iterations", "data_dir")          # of a run's settings; the others stay as they are
+CHANGEABLE = ("iterations", "data_dir", "autoencoder")        # of a run's settings: they may move
 
 
 def add_rows(parser, title, rows):
@@ -661,6 +660,8 @@ def open_run(script, doc, flags, sampling, presets, argv=None):
     checkpoint = None if new else load_checkpoint(directory / "checkpoint.pt")
     saved = dict(images="") | checkpoint["method"] if checkpoint else {}
     dataset = given.get("dataset") or saved.get("dataset", "shapes")
+    if dataset == "shapes" and "data_dir" in given:
+        raise Problem("shapes have no --data-dir: add --dataset folder, or another dataset", 2)
     settings = {name: row[0] for name, row in (COMMON | flags).items()}
     settings |= SIZES.get(dataset, {}) | presets.get(dataset, {}) | dict(script=script, images="")
     chosen = {name: tuple(value) if isinstance(value, list) else value

@@ -1774,7 +1774,8 @@ WRONG = {
          "--batch-size x | --batch-size 0 | --image-size 18 | "
          "--ema 2 | --steps 0 | --lr nan | --lr inf | --sigma-data x | --dropout 1 | --seed -1 | "
          "--h linear | --h x | --h linear --no-precondition --solver ode2 | --sample --n 2000 | "
-         "--predict eps --no-precondition | --preset paper | --dataset folder --data-dir nowhere",
+         "--predict eps --no-precondition | --preset paper | --data-dir photos | "
+         "--dataset folder --data-dir nowhere",
     blurring: "--predict mean | --predict both | --solver naive | "
               "--d-min 0 | --d-min 2 | --blur-schedule log | --sigma-blur-max -1",
     angular: "--predict x0 --solver heun | --predict x0 --solver rk4 | --last midpoint | "

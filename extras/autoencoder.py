@@ -76,7 +76,8 @@ def ssim(a, b):
     a = (a + 1) / 2                                           # in [0, 1]: light is never negative
     b = (b + 1) / 2
     both = [a, b, a * a, b * b, a * b]
-    ma, mb, aa, bb, ab = [F.avg_pool2d(x.contiguous(), 7, stride=1) for x in both]
+    window = min(7, *a.shape[-2:])
+    ma, mb, aa, bb, ab = [F.avg_pool2d(x.contiguous(), window, stride=1) for x in both]
     c1 = 0.01 ** 2
     c2 = 0.03 ** 2
     light = (2 * ma * mb + c1) / (ma ** 2 + mb ** 2 + c1)
@@ -107,10 +108,9 @@ def as_task(run):
 def train(run):
     """Train it on patches, from where the run's checkpoint stopped."""
     s = run.settings
-    patches = s.dataset in ("shapes", "folder")               # of others, whole squares
     view = as_task(run)
-    images = task_data.load_pairs(view) if patches else data.load(run)
-    s.images = view.settings.images if patches else s.images  # a checkpoint names them
+    images = task_data.load_pairs(view)
+    s.images = view.settings.images                           # a checkpoint names them
     sizes = {name: getattr(s, name) for name in ("latent", "width", "mult", "blocks")}
     channels = len(images[0]) if s.of == "images" else 1
     net, ema = run.networks(Autoencoder, sizes | dict(channels=channels))
@@ -199,10 +199,11 @@ def open_autoencoder(name):
         if saved["method"].get("script") != "autoencoder":
             raise data.Problem(f"{name} is no run of extras.autoencoder", 2)
         sizes = saved["network"]
-        net = Autoencoder(**sizes)
-        net.load_state_dict(saved["ema"])
-        return net, sizes["channels"], sizes["latent"], len(sizes["mult"])
-    if pathlib.Path(name).parts[0] == "runs":
+        with data.refusals(f"{name} does not fit the network it names:", 1, Exception):
+            net = Autoencoder(**sizes)
+            net.load_state_dict(saved["ema"])
+            return net, sizes["channels"], sizes["latent"], len(sizes["mult"])
+    if pathlib.Path(name).parts[:1] == ("runs",):
         raise data.Problem(f"there is no first stage in {name}: train one (python -m "
                            f"extras.autoencoder --train), or name one by --autoencoder", 2)
     try:
@@ -278,18 +279,17 @@ SAMPLING = dict(
     evaluate=(False, "print how well --n test images come back, and draw eight of them", None))
 DEMO = dict(image_size=64, width=16, mult=(1, 2, 4), batch_size=8, iterations=800)
 LDM = dict(width=128, mult=(1, 2, 4), blocks=2, batch_size=12, lr=1e-4)
-PRESETS = dict.fromkeys(data.SIZES, LDM) | dict(shapes=DEMO, folder=LDM | dict(image_size=128))
+PRESETS = dict(shapes=DEMO, folder=LDM | dict(image_size=128))
 
 
 def check(run):
     """Say what cannot be before all else. Raises ValueError or Problem."""
     s, args = run.settings, run.args
     unet.check(s.width, s.mult, s.image_size, "conv")
-    patches = s.dataset in ("shapes", "folder")
-    if not patches and (args.evaluate or s.of != "images"):
-        raise ValueError("--evaluate and --of go with --dataset shapes or folder: no other "
-                         "dataset has test images or targets here")
-    if args.sample:
+    if s.dataset not in ("shapes", "folder"):                 # so that a run knows its files
+        raise ValueError("an autoencoder is for --dataset shapes or folder: give the folder of "
+                         "other images as --data-dir")
+    if args.sample or args.out:
         raise ValueError("an autoencoder draws nothing: say --evaluate, or see extras.latent")
     if s.dataset == "folder" and args.train and args.evaluate:
         task_data.test_files(as_task(run), 1)
@@ -303,7 +303,7 @@ def main(argv=None):
         check(run)
     if run.args.train:
         train(run)
-    if run.args.evaluate:
+    if run.args.evaluate and run.rank == 0:
         evaluate(run)
 
 

@@ -191,10 +191,13 @@ def compare_solvers(directory, n, calls=(5, 10, 20), fine=200):
     """
     scripts = {script.__name__: script for script in OURS}
     script, run, (model,) = figures.trained(directory, [], scripts)
+    figures.check_process(script, run, "the comparison")
+    channels, size = (run.checkpoint["network"][key] for key in ("channels", "size"))
+    if channels != 3 or size not in (16, 32):
+        raise data.Problem(f"FD is of 16x16 or 32x32 colours, not {channels}x{size}x{size}", 2)
     true = fd.features(fd.doubled(data.load(run)[-10_000:]))
     mean = true.mean(0)
     cov = true.T.cov()
-    size = run.checkpoint["network"]["size"]
     x1 = data.randn(torch.empty(n, 3, size, size), figures.generators_of(run, n))
     x1 = x1.contiguous(memory_format=torch.channels_last)
     exact = script.sample(model, x1[:200], fine, OURS[script][0])

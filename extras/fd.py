@@ -50,7 +50,7 @@ def load(path, which):
     kinds = {(str(image.dtype), *image.shape) for image in images}
     if len(images) < 4 or kinds not in ({("uint8", 3, 32, 32)}, {("uint8", 3, 16, 16)}):
         raise data.Problem(f"{path} has {len(images)} images {sorted(kinds)}: FD needs four or "
-                           f"more, all of 32x32 or all of 16x16")
+                           f"more, all uint8 of 3x32x32, or all of 3x16x16")
     return doubled(torch.from_numpy(np.stack(images)))
 
 

@@ -184,6 +184,8 @@ def solvers(argv, directory):
                 *_, (_, x, _) = walk(script, run, models, 3)
                 images.append(x)
             rows[run.args.solver] = torch.cat(images)
+    if not rows:
+        raise data.Problem(f"{directory} cannot make so many calls", 2)
     data.say(f"rows: {', '.join(rows)}")
     write_picture(run.directory / "solvers.png", torch.cat([*rows.values()]), 9)
 
@@ -208,14 +210,15 @@ def errors(argv, *directories):
     """Errors of x̂₀ and ε̂: of angular.py's runs against t (its Figure 4), or of ddm.py's against
     flow time, on the same --n images.
     """
+    apart = {pathlib.Path(directory).resolve() for directory in directories}
+    if len(apart) < len(directories):
+        raise data.Problem("errors names a run twice: give each once", 2)
     found = [trained(directory, argv, ["angular", "ddm"]) for directory in directories]
     script, first, _ = found[0]
-    if len({(each, run.settings.dataset, run.settings.image_size) for each, run, _ in found}) > 1:
+    if len({(each, run.settings.images, run.settings.image_size) for each, run, _ in found}) > 1:
         raise data.Problem("errors compares runs of one script, trained on the same images", 2)
     for _, run, _ in found:
-        s = run.settings
-        if script is ddm and (s.h, s.noise) != ("constant", "sqrt"):
-            raise data.Problem(f"{run.directory} has another process: errors is for the default", 2)
+        check_process(script, run, "errors")
     x0, generators = training_images(first, first.args.n)
     eps = data.randn(x0, generators)
     ts = np.arange(0.02, 1, 0.04)
@@ -235,6 +238,13 @@ def errors(argv, *directories):
          {axis: ts} | share, "linear"),
         (first.directory / "errors-x0", "squared error of x̂₀", of_image, "log"),
         (first.directory / "errors-eps", "squared error of ε̂", of_noise, "log"))
+
+
+def check_process(script, run, what):
+    """Raise Problem for a run of ddm.py whose process is not the default."""
+    s = run.settings
+    if script is ddm and (s.h, s.noise) != ("constant", "sqrt"):
+        raise data.Problem(f"{run.directory} has another process: {what} is for the default", 2)
 
 
 def estimates_at(script, run, model, x0, eps, t):
@@ -266,6 +276,8 @@ def estimates(argv, directory, *names):
     """
     script, run, models = trained(directory, argv)
     if script is pixel_aware:
+        if names or "--steps" in " ".join(argv):
+            raise data.Problem("of pixel_aware it is one pass: name no solver and no --steps", 2)
         return pixel_estimates(run, *models)
     ts = np.linspace(1, 0, 11)
     names = names or script.SAMPLING["solver"][2]
@@ -366,7 +378,8 @@ def strips(argv, directory):
     s = run.settings
     x0, generators = pixels(run, 3)
     ours, theirs = both_ways(x0, s, generators)
-    options = pixel_aware.sampler(run)
+    with data.refusals():
+        options = pixel_aware.sampler(run)
     back = pixel_aware.walk(*models, ours[-1], run.args.steps, generator=generators, **options)
     _, x, x0 = zip(*reversed([*back]))                        # T + 1 frames, from image to x_T
     j = (s.T * torch.linspace(0, 1, 11)).round().long()

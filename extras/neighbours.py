@@ -124,7 +124,7 @@ FLAGS = dict(
         0.0, "blur of level K in pixels (3/4 of the image; above 32 pixels 1/2)", (0.51,)),
     head_dim=(64, "channels of an attention head", None))
 SAMPLING = dict(
-    ihdm=dict(sampling_noise=(0.025, "δ, the noise of all steps but the last", (0,))),
+    ihdm=dict(sampling_noise=(0.025, "δ, the noise of all steps but the last", (0, 10))),
     cold=dict(
         steps=(0, "steps, which must divide --levels (by default, all levels)", None),
         solver=("improved", "Bansal et al.'s Algorithm 2, or 1", ("improved", "naive")),

@@ -142,7 +142,8 @@ def partners(folder, task, test=False):
         if berkeley:
             partner = re.sub("images(/[^/]*/[^/]*)$", r"groundtruth\1", name)
         if word and partner != name and partner not in known:
-            raise data.Problem(f"{file} has no partner in a folder of {word}s beside its own")
+            raise data.Problem(f"{file} has no partner in a folder of {word}s beside its own: "
+                               f"--data-dir is the folder that holds both")
         if not word or partner != name:
             found.append((file, known[partner] if word else None))
     if not found:
@@ -248,7 +249,7 @@ def test_files(run, n):
     names = ["-".join(in_test(image, folder) or image.relative_to(folder).with_suffix("").parts)
              for image, _ in files]
     if len(set(names)) < n:
-        raise data.Problem(f"two images in {folder} differ in their suffix alone: rename one", 2)
+        raise data.Problem(f"two answers to images in {folder} would have one name: rename one", 2)
     return [(name, *pair) for name, pair in zip(names, files)]
 
 

@@ -158,11 +158,12 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList()
         self.up = nn.ModuleList()
         self.fuse = nn.ModuleList()
+        self.concat = fuse == "concat"
         c = widths[-1]
         for i, width in reversed(list(enumerate(widths))):
-            if fuse == "attention" and i:
+            if not self.concat and i:
                 self.fuse.append(CrossAttention(c, width))
-            c += width if fuse == "concat" else 0
+            c += width if self.concat else 0
             level = nn.ModuleList()
             for _ in range(blocks + 1):
                 level.append(unet.Block(c + skips.pop(), width, *emb_and_dropout, attend[i]))
@@ -174,7 +175,7 @@ class Decoder(nn.Module):
         skips = list(skips)
         for k, level in enumerate(self.levels):
             seen = features[-1 - k]
-            if not self.fuse:
+            if self.concat:
                 h = torch.cat([h, seen], dim=1)
             elif k < len(self.fuse):
                 h = self.fuse[k](h, seen)
@@ -439,14 +440,13 @@ def respond(run, evaluating):
     base = run.settings.seed if args.seed is None else args.seed
     single = args.out or args.input
     items = test_items(run, args.n if evaluating or single else min(args.n, 8))
-    weights = task_data.digest(run.directory / "checkpoint.pt")
-    named = dict(checkpoint=weights, seed=base, ensemble=args.ensemble) | sampler(run)
-    text = ", ".join(f"{key} {value}" for key, value in named.items())
+    text = described(run, base)
     if args.out:
         data.missing(run, text)                               # refuses a folder of other PNGs
     if run.rank:
         return
     wrote = args.out or run.directory
+    ending = f"-{task}.png" if args.input else ".png"         # no input is overwritten
     scores = {}
     tiles = []
     try:
@@ -459,7 +459,7 @@ def respond(run, evaluating):
             for method, picture in rivals:
                 scores.setdefault(method, []).append(score(task, picture, q))
             if single:
-                data.save_png(got[0], f"{wrote}/{name}.png")
+                data.save_png(got[0], f"{wrote}/{name}{ending}")
             elif i < 8:
                 shown = q.image if task == "saliency" else q.condition[:, :q.image.shape[1]]
                 tiles += [data.to_uint8(shown).cpu(), got, q.truth]
@@ -471,6 +471,14 @@ def respond(run, evaluating):
         wrote = run.directory / ("evaluation.png" if evaluating else "samples.png")
         data.save_png(side_by_side(tiles), wrote)
     data.say(f"sampled: {text}\nwrote {wrote}")
+
+
+def described(run, base):
+    """What answers are of, in one line: a folder of others is refused."""
+    weights = task_data.digest(run.directory / "checkpoint.pt")
+    named = dict(checkpoint=weights, seed=base, ensemble=run.args.ensemble)
+    named |= dict(data_dir=run.settings.data_dir) | sampler(run)
+    return ", ".join(f"{key} {value}" for key, value in named.items())
 
 
 def print_scores(task, scores):
@@ -548,7 +556,9 @@ def check(run):
     ddm.sampler(run)
     run.stage = None
     if s.autoencoder:
-        facts = run.checkpoint["network"]["first_stage"] if run.checkpoint else None
+        facts = run.checkpoint and run.checkpoint["network"].get("first_stage")
+        if run.checkpoint and not facts:
+            raise ValueError("this run is of pixels: it takes no --autoencoder")
         run.stage = FirstStage(s.autoencoder, run.device, facts)
         if args.clip or s.precondition and s.sigma_data != 1:
             raise ValueError("latents have no bounds, and the variance 1: no --clip, and with "
@@ -566,6 +576,8 @@ def check(run):
         raise ValueError("--regression goes with --predict both and --precondition")
     if args.input and args.evaluate or args.mask and not (args.input and s.script == "inpainting"):
         raise ValueError("--input goes with --sample alone, and --mask with inpainting's --input")
+    if args.out and args.evaluate and args.sample:
+        raise ValueError("--out is for --evaluate or for --sample, not for both")
     if args.evaluate and s.script == "edges" and not importlib.util.find_spec("scipy"):
         raise ValueError("edges are measured with scipy: pip install scipy")
     if s.dataset == "folder" and args.train and (args.evaluate or args.sample) and not args.input:

@@ -330,6 +330,10 @@ def test_pixel_aware_figures_of_a_run(cli):
     rows = tiles("runs/pixel_aware-shapes/strips.png").reshape(3, 4, 11, 64, 64, 3)
     close(rows[:, 0, 0], rows[:, 1, 0])
     close(rows[:, 0, -1], rows[:, 2, -1], atol=1)
+    for flags in ("strips runs/pixel_aware-shapes --steps 900",
+                  "estimates runs/pixel_aware-shapes mean",
+                  "estimates runs/pixel_aware-shapes --steps 2"):
+        cli(figures, flags, status=2)
     said = cli(figures, "estimates runs/pixel_aware-shapes --n 5")
     assert len(re.findall(r"SSIM -?[01]\.\d{3}, rms error [01]\.\d{3}\n", said)) == 4 * 4 + 1
 
@@ -349,13 +353,16 @@ def test_figures_refuse_what_they_would_ignore(cli):
     """Solvers that a network lacks are left out. Catches a traceback, and an ignored flag."""
     train(cli, ddm, "--h linear --no-precondition")
     train(cli, ddm, "--noise linear --run other")
+    train(cli, ddm, "--run third")
     assert "rows: ode, ddm\n" in cli(figures, "solvers runs/ddm-shapes")
     for flags in ("", "nothing", "forward --n 3", "forward runs/ddm-shapes", "solvers",
                   "solvers runs/ddm-shapes --steps 3", "strips runs/ddm-shapes",
-                  "errors runs/ddm-shapes", "errors other",
+                  "errors runs/ddm-shapes", "errors other", "errors third third/",
                   "estimates runs/ddm-shapes rk5", "schedules --n 1"):
         cli(figures, flags, status=2)
     cli(figures, "errors nowhere", status=1)
+    assert "another process" in cli(bench, "--solvers other", status=2)
+    assert "16x16 or 32x32" in cli(bench, "--solvers third", status=2)
 
 
 def test_flops_count_attention():

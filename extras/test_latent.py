@@ -80,6 +80,7 @@ def test_ssim_by_hand():
                 total.append(light * (2 * c + 9e-4) / (vp + vq + 9e-4))
     assert math.isclose(autoencoder.ssim(a[None], b[None]).item(), np.mean(total), rel_tol=1e-9)
     assert math.isclose(autoencoder.ssim(a[None], a[None]).item(), 1)
+    assert math.isclose(autoencoder.ssim(*2 * [images(1, 3)]).item(), 1)        # of few pixels
 
 
 def test_loss_by_hand():
@@ -192,6 +193,9 @@ def test_ddm_trains_on_latents_and_draws_images(few, capsys):
     assert data.open_image("pngs/000004.png").size == (16, 16)
     call(latent, capsys, "--sample", "--n", 5, "--steps", 3, *CPU)
     assert data.open_image("runs/latent-shapes/samples.png") == first
+    (few / "runs/autoencoder-shapes").rename("moved")
+    call(latent, capsys, "--sample", "--steps", 3, "--autoencoder", "moved", *CPU)
+    (few / "moved").rename("runs/autoencoder-shapes")
     call(autoencoder, capsys, *FIRST, 2, "--latent", 4)
     assert "not the autoencoder" in call(latent, capsys, "--sample", *CPU, status=1)
 
@@ -250,7 +254,7 @@ def test_tasks_in_latents(task, of, few, capsys):
     Image.new("RGB", (35, 21), (9, 99, 199)).save("own.png")
     call(tasks, capsys, task, "--sample", "--steps", 1, "--input", "own.png", *CPU)
     scale = 4 if task == "super_resolution" else 1
-    got = data.open_image(run / "own.png")
+    got = data.open_image(run / f"own-{task}.png")
     assert got.size == (35 * scale, 21 * scale)
     if task == "inpainting":
         assert (np.asarray(got) == (9, 99, 199)).all(2).mean() > 0.2
@@ -429,8 +433,8 @@ def test_what_is_measured_was_not_trained_on(few, capsys):
     (autoencoder, "--train --sample", "an autoencoder draws nothing"),
     (autoencoder, "--train --image-size 18", "a multiple of 4"),
     (autoencoder, "--train --mult", "must begin with 1"),
-    (autoencoder, "--train --dataset cifar10 --evaluate", "--dataset shapes or folder"),
-    (autoencoder, "--train --of masks --dataset cifar10", "--dataset shapes or folder"),
+    (autoencoder, "--train --dataset cifar10", "--dataset shapes or folder"),
+    (autoencoder, "--train --evaluate --out pngs", "an autoencoder draws nothing"),
     (latent, "--train --clip --sample", "no --clip"),
     (latent, "--train --h sine --no-precondition", "no --h sine"),
     (latent, "--train --autoencoder runs/none", "there is no first stage in runs/none"),

@@ -182,6 +182,14 @@ def test_condition_is_used_at_every_level(encoder, fuse):
         assert (torch.cat(net(x, t, others)) - out).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("fuse", ["concat", "attention"])
+def test_a_network_of_one_level_is_told_too(fuse):
+    """Catches features that are joined twice."""
+    net = tasks.TaskUNet(1, 1, "compact", fuse, outputs=(1,), width=8, mult=(1,), blocks=1, size=8)
+    out, = net(randn(2, 1, 8, 8), torch.rand(2), randn(2, 1, 8, 8))
+    assert out.shape == (2, 1, 8, 8)
+
+
 def test_swin_sees_the_image_as_imagenet_does(monkeypatch):
     """Catches pixels in [-1, 1], a mask taken for a colour, and a stage left out."""
     from torchvision.models import Swin_B_Weights
@@ -458,7 +466,7 @@ def test_train_sample_and_evaluate(task, floor, outputs, told, few, capsys):
     Image.fromarray(pixels).save("own.png")
     call(capsys, task, "--sample", "--steps", 1, "--input", "own.png", *CPU)
     scale = 4 if task == "super_resolution" else 1
-    assert data.open_image(run / "own.png").size == (35 * scale, 21 * scale)
+    assert data.open_image(run / f"own-{task}.png").size == (35 * scale, 21 * scale)
 
 
 def test_a_mask_says_what_is_missing(few, capsys):
@@ -468,7 +476,7 @@ def test_a_mask_says_what_is_missing(few, capsys):
     Image.new("RGB", (35, 21), (9, 99, 199)).save("own.png")
     Image.fromarray(missing).save("m.png")
     call(capsys, "inpainting", "--sample", "--input", "own.png", "--mask", "m.png", *CPU)
-    got = np.asarray(data.open_image("runs/inpainting-shapes/own.png"))
+    got = np.asarray(data.open_image("runs/inpainting-shapes/own-inpainting.png"))
     changed = (got != (9, 99, 199)).any(2)
     assert changed.any() and not changed[~missing].any()
 
@@ -656,6 +664,8 @@ def test_preset_is_table_i(task, row, few):
     ("edges --train --fuse sum", "invalid choice"),
     ("inpainting --train --evaluate --input a.png", "--input goes with --sample alone"),
     ("inpainting --train --sample --mask m.png", "--mask with inpainting's --input"),
+    ("edges --train --data-dir photos", "--dataset folder"),
+    ("inpainting --train --evaluate --sample --out a", "not for both"),
     ("edges --train --evaluate", "pip install scipy")])
 def test_wrong_flags_are_sentences(flags, words, few, capsys, monkeypatch):
     """Before anything is trained. Catches a flag that is silently ignored."""
@@ -672,6 +682,8 @@ def test_wrong_files_are_sentences(few, capsys):
     Image.new("L", (9, 9), 255).save("m.png")
     ask = ["inpainting", "--sample", *CPU, "--input"]
     assert "none.png" in call(capsys, *ask, "none.png", status=1)
+    other = ["inpainting", "--sample", *CPU, "--autoencoder", "other"]
+    assert "is of pixels" in call(capsys, *other, status=2)
     assert "dot is 1x1: a task needs 12" in call(capsys, *ask, "dot.png", status=1)
     for mask in ("m.png", "a.png"):
         assert f"{mask} must be 20x20" in call(capsys, *ask, "a.png", "--mask", mask, status=2)
