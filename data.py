@@ -282,6 +282,8 @@ class Run:
             self.device = choose_device(self.args.device)
             self.cuda = self.device.type == "cuda"
             native = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            if self.device.type == "cpu" and self.settings.width >= 64:       # narrow: no faster
+                native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
             self.bf16 = native if self.args.precision == "auto" else self.args.precision == "bf16"
             if self.settings.batch_size % self.world:
                 raise Problem(f"--batch-size can't be shared by {self.world} processes", 2)
@@ -490,11 +492,10 @@ def load_checkpoint(path):
     if not os.path.exists(path):
         raise Problem(f"there is no checkpoint at {path}: train first, or see --run")
     with refusals(f"{path} is not readable as a checkpoint:", 1, Exception):
-        damaged = zipfile.ZipFile(path).testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
         known = all(isinstance(state[key], kind) for key, kind in keys.items())
         finite = all(weight.isfinite().all() for weight in state["ema"].values())
-        if damaged or not known or not finite or state["step"] < 0:
+        if zipfile.ZipFile(path).testzip() or not known or not finite or state["step"] < 0:
             raise ValueError("it is damaged, or is not of this project")
         return state
 
@@ -513,8 +514,7 @@ def draw(run, walk, calls, looks=None, **options):
     shown, size = {round(k * looks / 10) for k in range(11)}, network["size"]
     at_once = max(1, min(len(numbers), (512 if run.cuda else 64) * 32 ** 2 // size ** 2))
     for first in range(0, len(numbers), at_once):
-        now = numbers[first:first + at_once]
-        now = (now + numbers)[:at_once]                       # the last is filled up: one shape
+        now = (numbers[first:] + numbers)[:at_once]           # the last is filled up: one shape
         generators = image_generators(base, now)              # image i is a function of (seed, i)
         x1 = torch.empty(len(now), network["channels"], size, size, device=run.device)
         x1 = randn(x1, generators).contiguous(memory_format=torch.channels_last)
@@ -595,7 +595,7 @@ MACHINE = dict(
     n=(64, "images to draw", None),
     out=("", "a folder for single PNGs, in place of two pictures", None),
     device=("auto", "auto: a GPU, if there is one", ("auto", "cpu", "cuda", "mps")),
-    precision=("auto", "of the layers; auto: bf16 on a GPU that has it", ("auto", "fp32", "bf16")),
+    precision=("auto", "of the layers; auto: bf16 where it pays", ("auto", "fp32", "bf16")),
     compile=(None, "torch.compile the network (on a GPU, but not for few samples)", None))
 CHANGEABLE = ("iterations", "data_dir", "autoencoder")        # of a run's settings: they may move
 

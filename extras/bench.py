@@ -193,9 +193,9 @@ def compare_solvers(directory, n, calls=(5, 10, 20), fine=200):
     script, run, (model,) = figures.trained(directory, [], scripts)
     figures.check_process(script, run, "the comparison")
     channels, size = (run.checkpoint["network"][key] for key in ("channels", "size"))
-    if channels != 3 or size not in (16, 32):
-        raise data.Problem(f"FD is of 16x16 or 32x32 colours, not {channels}x{size}x{size}", 2)
-    true = fd.features(fd.doubled(data.load(run)[-10_000:]))
+    if channels != 3 or size not in fd.SIZES:
+        raise data.Problem(f"FD is of 3x16x16, 3x32x32 or 3x64x64, not {channels}x{size}x{size}", 2)
+    true = fd.features(fd.in_32(data.load(run)[-10_000:]))
     mean = true.mean(0)
     cov = true.T.cov()
     x1 = data.randn(torch.empty(n, 3, size, size), figures.generators_of(run, n))
@@ -204,7 +204,7 @@ def compare_solvers(directory, n, calls=(5, 10, 20), fine=200):
 
     def cell(solve, steps):
         images = torch.cat([solve(part, steps) for part in x1.split(250)])
-        found = fd.features(fd.doubled(data.to_uint8(images)))
+        found = fd.features(fd.in_32(data.to_uint8(images)))
         off = images[:200] - exact
         far = off.norm() / exact.norm()
         return f"{fd.frechet(found, mean, cov):.2f} ({far:.0%})"

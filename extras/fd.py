@@ -4,7 +4,7 @@
 
 FID's Fréchet distance, and improved precision and recall (Kynkäänniemi et al. 2019, k = 3), on 384
 features of a small ResNet-9 that classifies CIFAR-10. It is not FID: compare its figures with each
-other alone, at the same number of samples. Images of 16x16 are doubled.
+other alone, at the same number of samples. Images of 16x16 are doubled, those of 64x64 halved.
 """
 
 import argparse
@@ -13,12 +13,14 @@ import pathlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.functional import normalize
 
 import data
 
 HOME = pathlib.Path(__file__).parents[1] / "assets/fd"
+SIZES = (16, 32, 64)
 
 
 def block(c_in, c_out, *pool):
@@ -48,16 +50,18 @@ def load(path, which):
         with data.refusals(f"{path} is no folder, and no .npy file:", 1, Exception):
             images = np.load(path, mmap_mode="r")[which]
     kinds = {(str(image.dtype), *image.shape) for image in images}
-    if len(images) < 4 or kinds not in ({("uint8", 3, 32, 32)}, {("uint8", 3, 16, 16)}):
+    if len(images) < 4 or kinds not in [{("uint8", 3, size, size)} for size in SIZES]:
         raise data.Problem(f"{path} has {len(images)} images {sorted(kinds)}: FD needs four or "
-                           f"more, all uint8 of 3x32x32, or all of 3x16x16")
-    return doubled(torch.from_numpy(np.stack(images)))
+                           f"more, uint8, all of 3x16x16, 3x32x32 or 3x64x64")
+    return in_32(torch.from_numpy(np.stack(images)))
 
 
-def doubled(images):
-    """Images of 16x16 in 32x32."""
+def in_32(images):
+    """uint8 images [N, 3, S, S] in 32x32, S being one of SIZES."""
     if images.shape[-1] == 16:
         return images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    if images.shape[-1] == 64:
+        return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
     return images
 
 

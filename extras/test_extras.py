@@ -362,7 +362,7 @@ def test_figures_refuse_what_they_would_ignore(cli):
         cli(figures, flags, status=2)
     cli(figures, "errors nowhere", status=1)
     assert "another process" in cli(bench, "--solvers other", status=2)
-    assert "16x16 or 32x32" in cli(bench, "--solvers third", status=2)
+    assert "not 3x8x8" in cli(bench, "--solvers third", status=2)
 
 
 def test_flops_count_attention():
@@ -379,6 +379,17 @@ def test_precision_is_of_a_networks_layers(flag, dtype):
                         ["--train", "--run", "none", "--precision", flag])
     for training in (True, False):
         assert run.ready(torch.nn.Linear(2, 2), training)(torch.ones(1, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize("width, chip, bf16", [
+    (64, dict(avx512_bf16=True), True), (56, dict(avx512_bf16=True), False),
+    (64, dict(avx512_bf16=False), False), (64, {}, False)])
+def test_bf16_is_for_wide_networks_on_cpus_that_have_it(width, chip, bf16, monkeypatch):
+    """Catches a demo that bf16 slows down, and a CPU that only imitates it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: chip, raising=False)
+    flags = f"--train --run none --device cpu --width {width}".split()
+    run = data.open_run("ddm", "", ddm.FLAGS | unet.FLAGS, ddm.SAMPLING, {}, flags)
+    assert run.bf16 == bf16
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 3, 80])
@@ -450,6 +461,8 @@ def test_fd_is_a_distance_of_folders(cli):
         Image.fromarray(image).save(f"jpg/{k}.JPG")
     found = json.loads(cli(fd, "png --reference all.npy"))
     close([*found.values()], [12, 0, 1, 1], atol=1e-3)
+    np.save("large.npy", images.repeat(4, 2).repeat(4, 3))    # 64x64, halved, is 16x16, doubled
+    close(json.loads(cli(fd, "large.npy --reference all.npy"))["fd"], 0, atol=1e-3)
     pathlib.Path("jpg/._0.JPG").write_text("a Mac's note, and no image")
     assert json.loads(cli(fd, "jpg --n 5"))["fd"] > 5
     assert json.loads(cli(fd, "jpg"))["n"] == 12
@@ -457,7 +470,7 @@ def test_fd_is_a_distance_of_folders(cli):
 
 def test_fd_of_what_it_cannot_take_is_one_sentence(cli):
     """Folders and files that are empty, absent, torn, mixed or too few. Catches a traceback."""
-    for folder, sizes in dict(empty=(), one=(32,), mixed=(16,) * 4 + (32,), large=(64,) * 4,
+    for folder, sizes in dict(empty=(), one=(32,), mixed=(16,) * 4 + (32,), large=(96,) * 4,
                               torn=(32,) * 4).items():
         pathlib.Path(folder).mkdir()
         for k, size in enumerate(sizes):
