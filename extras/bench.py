@@ -183,14 +183,14 @@ def by_diffusers(name, grid, script, model, x, steps):
     return x
 
 
-def compare_solvers(directory, n, calls=(5, 10, 20), fine=200):
+def compare_solvers(directory, n, seed=0, calls=(5, 10, 20), fine=200):
     """Print FD of n samples, and how far the first 200 are from those of `fine` steps of ours.
 
     That is the root mean square of the difference over that of the images. FD is against the last
     10,000 training images.
     """
     scripts = {script.__name__: script for script in OURS}
-    script, run, (model,) = figures.trained(directory, [], scripts)
+    script, run, (model,) = figures.trained(directory, [f"--seed={seed}"], scripts)
     figures.check_process(script, run, "the comparison")
     channels, size = (run.checkpoint["network"][key] for key in ("channels", "size"))
     if channels != 3 or size not in fd.SIZES:
@@ -358,12 +358,13 @@ def main(argv=None):
     parser.add_argument("--diffusers", action="store_true", help="instead: against diffusers")
     parser.add_argument("--solvers", metavar="RUN", help="instead: of a trained run")
     parser.add_argument("--n", type=data.number(int, 300), default=1000, help="of its samples")
+    parser.add_argument("--seed", type=data.number(int, 0), default=0, help="of their noise")
     parser.add_argument("--memory", action="store_true", help="instead: of the papers' sizes")
     args = parser.parse_args(argv)
     if args.memory:
         return memory()
     if args.solvers:
-        return compare_solvers(args.solvers, args.n)
+        return compare_solvers(args.solvers, args.n, args.seed)
     device = data.choose_device(args.device)
     cuda = device.type == "cuda"
     native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
