@@ -106,7 +106,7 @@ def library():
     return diffusers
 
 
-def against_diffusers(batch, rounds=5):
+def against_diffusers(batch, compiled=False, rounds=5):
     """Print images/s of our U-Net and diffusers', in training, in a call, and in ten steps."""
     diffusers = library()
     ours = unet.UNet(outputs=(3,)).to(memory_format=torch.channels_last)
@@ -118,6 +118,8 @@ def against_diffusers(batch, rounds=5):
     ).to(memory_format=torch.channels_last)
     sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (ours, theirs)]
     data.say("ours {:.2f}, diffusers {:.2f} M parameters".format(*sizes))
+    if compiled:
+        ours, theirs = torch.compile(ours), torch.compile(theirs)
     x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     t = torch.rand(batch)
     model = angular.predictor(ours, "eps")
@@ -375,7 +377,7 @@ def main(argv=None):
              f"batches of {batch}; medians of images/s")
     with device, torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
         if args.diffusers:
-            return against_diffusers(batch)
+            return against_diffusers(batch, args.compile)
         for name, arguments in NETWORKS.items():
             report(name, arguments, batch, bf16, args.compile)
 
