@@ -319,8 +319,8 @@ class Run:
 
     def ready(self, net, training=False):
         """net, or a part of one, to call: in bf16, compiled, shared, as the run has it."""
-        pays = self.cuda and (training or self.args.n >= 2000)
-        if pays if self.args.compile is None else self.args.compile:
+        many = self.settings.iterations >= 5000 if training else self.args.n >= 20_000
+        if self.cuda and many if self.args.compile is None else self.args.compile:
             net = self.compiled(net, None if training else "reduce-overhead")
         if training and self.world > 1:                       # one gradient for all processes
             net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -333,6 +333,7 @@ class Run:
         except Exception as error:                            # there may be no Triton, gcc, headers
             say(f"not compiled, and slower: {str(error)[:200]}".splitlines()[0])
             return net
+        say("compiling: the first step takes a minute or two")
         fast = torch.compile(net, mode=mode)
         if mode:                                              # its next call overwrites its outputs
             fast.register_forward_hook(lambda _, __, out: out.clone() if torch.is_tensor(out)
@@ -344,9 +345,6 @@ class Run:
         with refusals("the checkpoint does not fit the network it names:", 1, Exception):
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint[name])
-            for weight in parts["model"].parameters() if "optimizer" in parts else ():
-                moments = parts["optimizer"].state[weight]
-                torch.stack([weight, moments["exp_avg"], moments["exp_avg_sq"]])      # of one shape
 
     def steps(self, net, ema, optimizer):
         """Yield (step, generator). Save each minute, at the end, and at Ctrl-C, SIGTERM, SIGHUP."""
@@ -596,7 +594,7 @@ MACHINE = dict(
     out=("", "a folder for single PNGs, in place of two pictures", None),
     device=("auto", "auto: a GPU, if there is one", ("auto", "cpu", "cuda", "mps")),
     precision=("auto", "of the layers; auto: bf16 where it pays", ("auto", "fp32", "bf16")),
-    compile=(None, "torch.compile the network (on a GPU, but not for few samples)", None))
+    compile=(None, "torch.compile the network (on a GPU, for 5,000 steps or 20,000 samples)", None))
 CHANGEABLE = ("iterations", "data_dir", "autoencoder")        # of a run's settings: they may move
 
 

@@ -1743,8 +1743,7 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
     evil = type("Evil", (), dict(__reduce__=lambda _: (os.mkdir, ("executed",))))()
     flipped = bytearray(good)
     flipped[good.index(saved["ema"]["first.bias"].numpy().tobytes())] ^= 1
-    both, optimizer = "--train --sample", saved["optimizer"]
-    odd = {k: v | dict(exp_avg=torch.zeros(1)) for k, v in optimizer["state"].items()}
+    both = "--train --sample"
     contents = [(both, bad) for bad in (good[:5000], b"", pickle.dumps(evil), bytes(flipped))]
     for what, part, value in (
             (both, "step", evil),
@@ -1753,8 +1752,7 @@ def test_bad_checkpoints_are_sentences_and_never_executed(cli):
             (both, "ema", {name: weight / 0 for name, weight in saved["ema"].items()}),
             ("--sample", "network", saved["network"] | dict(more=1)),
             ("--train", "model", {}),
-            ("--train", "optimizer", optimizer | dict(state={})),
-            ("--train", "optimizer", optimizer | dict(state=odd)),
+            ("--train", "optimizer", {}),
             ("--sample", "ema", saved["ema"] | dict(more=torch.zeros(1)))):
         torch.save(saved | {part: value}, path)
         contents.append((what, path.read_bytes()))

@@ -39,11 +39,12 @@ def write_curves(*tables):
     The first curve is x. "CURVE, std" is the error bars of CURVE. Raises data.Problem.
     """
     for path, _, curves, _ in tables:
-        columns = [torch.as_tensor(numbers).double().cpu() for numbers in curves.values()]
+        for name, numbers in curves.items():
+            curves[name] = torch.as_tensor(numbers).double().cpu().numpy()   # they may be on a GPU
         header = ",".join(f'"{name}"' for name in curves)
         with data.replacing(f"{path}.csv") as file:
-            np.savetxt(file, torch.stack(columns, 1), "%.6g", ",", header=header, comments="",
-                       encoding="utf-8")
+            np.savetxt(file, np.stack([*curves.values()], 1), "%.6g", ",", header=header,
+                       comments="", encoding="utf-8")
         data.say(f"wrote {path}.csv")
     try:
         from matplotlib.figure import Figure

@@ -39,6 +39,13 @@ def close(got, want, rtol=0.0, atol=1e-12):
     np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Without --device. What is tested must not depend on the machine."""
+    choose = data.choose_device
+    monkeypatch.setattr(data, "choose_device", lambda name: choose(name.replace("auto", "cpu")))
+
+
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     """In an empty directory: call(module, flags) returns what its main prints."""
@@ -251,7 +258,10 @@ def test_curves_are_written_without_matplotlib_and_drawn_with_it(cli, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", library)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", library)
     cli(figures, "schedules")
-    assert str(library.mock_calls).count("errorbar(") == 4 + 3
+    drawn = [call for call in library.mock_calls if "errorbar" in str(call)]
+    assert len(drawn) == 4 + 3
+    for _, (x, y, _), _ in drawn:                             # it cannot draw a GPU's tensors
+        assert type(x) is type(y) is np.ndarray
     kept = table("runs/figures/alpha_bar.csv")
     for name in ("angular", "linear", "jsd"):                 # ᾱ is the product of 1 - β
         close(np.cumprod(1 - beta[name]), kept[name], atol=1e-4)
@@ -390,6 +400,22 @@ def test_bf16_is_for_wide_networks_on_cpus_that_have_it(width, chip, bf16, monke
     flags = f"--train --run none --device cpu --width {width}".split()
     run = data.open_run("ddm", "", ddm.FLAGS | unet.FLAGS, ddm.SAMPLING, {}, flags)
     assert run.bf16 == bf16
+
+
+@pytest.mark.parametrize("flags, gpu, training, compiled", [
+    ("--iterations 5000", True, True, True), ("--iterations 1400", True, True, False),
+    ("--n 20000", True, False, True), ("--n 64 --iterations 5000", True, False, False),
+    ("--n 20000 --iterations 5000", False, True, False), ("--compile", False, False, True),
+    ("--no-compile --iterations 5000", True, True, False)])
+def test_networks_are_compiled_where_it_pays(flags, gpu, training, compiled, monkeypatch):
+    """On a GPU, and not for the demo. Catches a minute of compiling for 20 seconds of training."""
+    made = []
+    run = data.open_run("ddm", "", ddm.FLAGS | unet.FLAGS, ddm.SAMPLING, {},
+                        ["--train", "--run", "none", "--out", "pngs", *flags.split()])
+    run.cuda = gpu
+    monkeypatch.setattr(run, "compiled", lambda net, mode: made.append(mode) or net)
+    run.ready(torch.nn.Identity(), training)
+    assert made == [None if training else "reduce-overhead"] * compiled
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 3, 80])
