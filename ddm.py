@@ -86,12 +86,13 @@ GRIDS = {"flow": at_flow_time, "quadratic": lambda u: u ** 2, "uniform": lambda 
 
 def times(steps, grid="flow", delta=1e-3):
     """The sampler's times 1 = t₀ > t₁ > ... > 0. The network sees all but the 0, none below δ.
-    grid: equal steps of t ("uniform", Algorithm 2), of √t ("quadratic") or of flow time ("flow").
-    The last two are small near t = 0, where √t is steep. Raises ValueError.
+    grid: equal steps of t ("uniform", Algorithm 2), of √t ("quadratic") or of flow time ("flow",
+    whose last is half). The last two are small near t = 0, where √t is steep. Raises ValueError.
     """
     if grid not in GRIDS:
         raise ValueError(f"there is no grid {grid}")
-    last = max(delta if grid == "uniform" else delta ** 0.5, 1 / steps)    # where u stops
+    last = (0.5 if grid == "flow" else 1) / steps             # where u stops
+    last = max(delta if grid == "uniform" else delta ** 0.5, last)
     gap = (1 - last) / max(1, steps - 1)
     even = [1 - i * gap for i in range(steps)]
     return [max(GRIDS[grid](u), delta) for u in even] + [0.0]

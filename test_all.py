@@ -286,11 +286,12 @@ def test_ddm_attenuation_is_the_integral_of_h(h, rate):
 @pytest.mark.parametrize("grid, by_hand", [
     ("uniform", [1, 0.75, 0.5, 0.25, 0]),
     ("quadratic", [1, 0.5625, 0.25, 0.0625, 0]),
-    ("flow", [1, (37 ** 0.5 - 1) ** 2 / 36, (3 - 5 ** 0.5) / 2, (11 - 3 * 13 ** 0.5) / 2, 0])])
+    ("flow", [1, (1205 ** 0.5 - 7) ** 2 / 34 ** 2, (149 ** 0.5 - 7) ** 2 / 10 ** 2,
+              (53 ** 0.5 - 7) ** 2 / 2 ** 2, 0])])
 def test_ddm_times_fall_from_one_to_zero_and_stay_above_delta(grid, by_hand):
     """Algorithm 2: N times for the network, in [δ, 1] and no two alike, and then exactly 0.
-    By hand: where √t/(1 - t + √t) is 3/4, 1/2 and 1/4. Catches an off-by-one, and a network that
-    is asked below δ.
+    By hand: where √t/(1 - t + √t) is 17/24, 10/24 and 3/24. Catches an off-by-one, and a network
+    that is asked below δ.
     """
     close(ddm.times(4, grid), by_hand)
     for steps in (1, 2, 3, 31, 32, 333, 2000):

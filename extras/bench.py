@@ -174,7 +174,7 @@ def by_diffusers(name, grid, script, model, x, steps):
     """The image that a scheduler of diffusers makes of x in so many calls of our network."""
     kind, options = SCHEDULERS[name]
     scheduler = getattr(library(), kind)(prediction_type="sample", **options)
-    last = 1 if grid != "even flow time" else 1 - 1 / steps   # whose last step, to 0, is even too
+    last = 1 if grid != "even flow time" else 1 - 0.5 / steps       # whose last step, to 0, is half
     sigmas = [SIGMAS[grid](last * k / (steps - 1)) for k in range(steps)]
     scheduler.set_timesteps(steps)
     end = 1e-3 if name == "DEIS-3" else 0.0                   # it takes the logarithm
