@@ -87,7 +87,7 @@ GRIDS = {"flow": at_flow_time, "quadratic": lambda u: u ** 2, "uniform": lambda 
 def times(steps, grid="flow", delta=1e-3):
     """The sampler's times 1 = t₀ > t₁ > ... > 0. The network sees all but the 0, none below δ.
     grid: equal steps of t ("uniform", Algorithm 2), of √t ("quadratic") or of flow time ("flow",
-    whose last is half). The last two are small near t = 0, where √t is steep. Raises ValueError.
+    the last about half). The last two are small near t = 0, where √t is steep. Raises ValueError.
     """
     if grid not in GRIDS:
         raise ValueError(f"there is no grid {grid}")
