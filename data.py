@@ -267,7 +267,7 @@ def batch(images, size, generator):
 
 # -------------------------------------------------------------------------------------------- a run
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)                           # signal.signal prints its handler
 class Run:
     """A run directory, and what training and sampling need to know of it."""
     directory: pathlib.Path
