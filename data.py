@@ -311,7 +311,8 @@ class Run:
 
     def averaged(self, build):
         """The network to sample with: the checkpoint's, with its averaged weights."""
-        self.checkpoint = load_checkpoint(self.directory / "checkpoint.pt")
+        if self.args.train:                                   # then the file is newer
+            self.checkpoint = load_checkpoint(self.directory / "checkpoint.pt")
         with refusals("the checkpoint's network cannot be built:", 1, Exception):
             net = build(**self.checkpoint["network"])
         self.restore(ema=net)
