@@ -39,7 +39,7 @@ import unet
 # --------------------------------------------------------------------------------------- 1 schedule
 
 HALF_PI = math.pi / 2
-SCHEDULES = ("angular", "linear")    # linear, DDPM's: 465 of 1000 times beyond 76.5°, not 150
+SCHEDULES = ("angular", "linear")    # linear: DDPM's; 465 of 1000 times beyond 76.5° (angular: 150)
 
 
 def like_image(t):
@@ -68,7 +68,7 @@ def beta(i, T=1000, schedule="angular"):
 @functools.lru_cache(maxsize=None)
 def angles(steps, schedule="angular", start=1.0, T=1000):
     """The sampler's angles: `steps` of them, and a last 0. They are evenly spaced, from `start` (a
-    part of π/2); or, of the linear schedule, at evenly spaced i. Raises ValueError.
+    part of π/2); in the linear schedule i is evenly spaced. Raises ValueError.
     """
     if schedule not in SCHEDULES or not 0 < start <= 1 or steps < 1:
         raise ValueError(f"there are no {steps} angles of the schedule {schedule} from {start}")
@@ -103,14 +103,14 @@ def predictor(net, predict="both"):
     """The one place where the network's outputs get their meaning: model(x, t) -> (x̂₀, ε̂).
 
     predict: both; or "x0" or "eps" alone, from which the other follows: but not from x₀ at η = 0,
-    and not from ε at π/2, so there `walk` needs a start below it (start=0.999).
+    and not from ε at π/2: there give `walk` a start below (start=0.999).
     """
 
     def model(x, t):
         eta = HALF_PI * like_image(t)
         outputs = net(x, t)
         first = outputs[0].to(x.dtype)
-        last = outputs[-1].to(x.dtype)                        # the first again, if there is one
+        last = outputs[-1].to(x.dtype)                        # the first, if it is the only one
         if predict == "x0":
             return first, (x - eta.cos() * first) / eta.sin()                          # Eq. 8
         if predict == "eps":
@@ -197,7 +197,7 @@ def ancestral_step(x, x0, eta, s, z):
     """A draw of DDPM's posterior q(x_s | x, x₀), with z ~ N(0, I)."""
     beta_cos2 = math.sin(eta + s) * math.sin(eta - s)         # β cos² s = cos² s - cos² η
     mean = math.cos(eta) * math.sin(s) ** 2 * x + beta_cos2 * x0
-    mean = mean / (math.cos(s) * math.sin(eta) ** 2)                                   # Eq. 3
+    mean = mean / (math.cos(s) * math.sin(eta) ** 2)                                  # Eq. 3, Bayes
     spread = math.sin(s) * math.sqrt(beta_cos2) / (math.cos(s) * math.sin(eta))
     return mean + spread * z
 
@@ -386,7 +386,7 @@ def write_samples(run):
 def main(argv=None):
     """The command line. Exits with 2 for bad arguments, 1 for other problems, 130 for Ctrl-C."""
     run = data.open_run("angular", __doc__, FLAGS | unet.FLAGS, SAMPLING, PRESETS, argv)
-    with data.refusals(), torch.device("meta"):               # what cannot be is said first
+    with data.refusals(), torch.device("meta"):               # refuse first what cannot be
         unet.UNet(**network(run.settings, 3))
         sampler(run)
     if run.args.train:

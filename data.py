@@ -267,7 +267,7 @@ def batch(images, size, generator):
 
 # -------------------------------------------------------------------------------------------- a run
 
-@dataclasses.dataclass(repr=False)                           # signal.signal prints its handler
+@dataclasses.dataclass(repr=False)                           # signal.signal would print all weights
 class Run:
     """A run directory, and what training and sampling need to know of it."""
     directory: pathlib.Path
@@ -580,7 +580,7 @@ ACTIONS = dict(
     train=(False, "train, or go on with what the run directory holds", None),
     sample=(False, "sample, by default from the newest run of this script in runs/", None),
     run=("", "the run directory, by default runs/SCRIPT-DATASET", None),
-    preset=("", "the paper's own sizes and choices for this dataset", ("paper",)))
+    preset=("", "the paper's own sizes and training for this dataset", ("paper",)))
 COMMON = dict(
     dataset=("shapes", "training images", tuple(SIZES)),
     data_dir=("data", "where datasets lie or are downloaded to; of folder, the images", None),

@@ -1,13 +1,13 @@
 """Decoupled Diffusion Models: the image fades to zero while, independently, zero grows into noise.
 
 DDM (Huang et al. 2023), with its journal version ADM. Older models mix image and noise along one
-chain, and go back by small, nearly Gaussian steps. In DDM x_t is the sum of two. A known function
-h_t fades the image from x₀ at t = 0 to 0 at t = 1; a Wiener process √t ε grows from 0 to noise.
+chain, and go back by small, nearly Gaussian steps. In DDM x_t is a sum of two parts. A known rate
+h_t fades the image from x₀ at t = 0 to 0 at t = 1; a Wiener process, √t ε at t, grows from 0.
 One network is taught both parts of x_t: φ, the parameters of h_t, which give the image; and ε. Two
 parts with a target each are easier to learn, the papers argue, than noise deep in a mixture. As h_t
-has an integral in closed form, the way back is, for the x₀ that φ names, a Gaussian for a step of
-any size s. One step from t = 1 is possible. The papers take ten: at t = 1 x_t tells nothing of the
-image, and a step to 0 adds no noise (its variance is s (t - s)/t): the images are soft and alike.
+has an integral in closed form, a step back of any size s is a Gaussian, for the x₀ that φ names.
+One step from t = 1 to 0 is possible, but its images are soft and alike: at t = 1 x_t tells nothing
+of the image, and a step to 0 adds no noise (its variance is s (t - s)/t). The papers take ten.
 
     python ddm.py --train                        embedded shapes, minutes on two CPU cores
     python ddm.py --train --dataset cifar10      CIFAR-10, on a GPU
@@ -18,14 +18,14 @@ image, and a step to 0 adds no noise (its variance is s (t - s)/t): the images a
     t       t             [B]             time in [0, 1]; the network sees none below δ = delta
     s       s             [B]             a step back in time, from t to r = t - s
     x_t     xt            [B, C, H, W]    x₀ + H_t + √t ε
-    φ       phi           [B, K·C, H, W]  h_t's parameters, K for each of x₀; h_t constant: φ = -x₀
+    φ       phi           [B, K·C, H, W]  h_t's parameters, K per value of x₀; h_t constant: φ = -x₀
     H_t     H             [B, C, H, W]    ∫₀ᵗ h_t dt: 0 at t = 0, -x₀ at t = 1
     λ₁, λ₂  loss_weights  [B]             weights of the two losses
 
-A hat is a guess. Five choices, measured in docs/ddm.md, are not the paper's; a flag undoes each:
-training times dense near t = 0 (--time-power 1), preconditioned outputs (--no-precondition),
-outputs corrected to add up to x_t (--heads raw), a multistep solver (--solver ddm, Algorithm 2),
-and small steps near t = 0 (--grid uniform).
+A hat is a guess. The equations' numbers are DDM's. Five choices, measured in docs/ddm.md, are not
+the paper's; a flag undoes each: training times dense near t = 0 (--time-power 1), preconditioned
+outputs (--no-precondition), outputs corrected to add up to x_t (--heads raw), a multistep solver
+(--solver ddm, Algorithm 2), and small steps near t = 0 (--grid uniform).
 """
 
 import math
@@ -87,7 +87,7 @@ GRIDS = {"flow": at_flow_time, "quadratic": lambda u: u ** 2, "uniform": lambda 
 def times(steps, grid="flow", delta=1e-3):
     """The sampler's times 1 = t₀ > t₁ > ... > 0. The network sees all but the 0, none below δ.
     grid: equal steps of t ("uniform", Algorithm 2), of √t ("quadratic") or of flow time ("flow",
-    the last about half). The last two are small near t = 0, where √t is steep. Raises ValueError.
+    the last about half). Both of these are dense near t = 0, where √t is steep. ValueError.
     """
     if grid not in GRIDS:
         raise ValueError(f"there is no grid {grid}")
@@ -116,12 +116,12 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
     """The one place where the network's outputs get their meaning: model(x_t, t) -> (φ̂, ε̂).
 
     As printed (precondition=False) the outputs are φ and ε; with predict="x0" there is φ alone, and
-    ε follows by Eq. 20. For the other way see `preconditioned`. Raises ValueError.
+    ε follows by Eq. 20. Otherwise see `preconditioned`. Raises ValueError.
     """
     if precondition and h != "constant":
         raise ValueError(f"preconditioned outputs are not for --h {h}: add --no-precondition")
     if predict == "eps" and not precondition:
-        raise ValueError("of ε alone, the image at t = 1 would be 0/0: add --precondition")
+        raise ValueError("of ε alone, the image at t = 1 is 0/0: take --precondition, h constant")
 
     def model(x, t):
         keep = like_image(1 - t)
@@ -130,7 +130,7 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
         seen = x / V.sqrt() if precondition else x
         outputs = net(seen, t)
         first = outputs[0].to(x.dtype)
-        last = outputs[-1].to(x.dtype)                        # the first again, if there is one
+        last = outputs[-1].to(x.dtype)                        # the first, if it is the only one
         if precondition:
             return preconditioned(x, first, last, keep, n, V, sigma_data)
         if predict == "x0":
@@ -152,7 +152,7 @@ def preconditioned(x, first, last, keep, n, V, sigma_data):
 
 def loss_weights(t, kind="edm", noise="sqrt", delta=1e-3):
     """(λ₁, λ₂), each [B]: a row of ADM's Table V. Near t = 0 x_t shows the image: φ̂'s error is
-    small, and λ₁ large. Near t = 1 ε̂'s is small, and λ₂ large. (t is kept δ away from 0 and 1.)
+    small, and λ₁ large. Near t = 1 ε̂'s is small, and λ₂ large. ("exponential" is the other way.)
     """
     if kind == "one":
         return torch.ones_like(t), torch.ones_like(t)
@@ -242,9 +242,9 @@ def walk(net, x1, steps, solver="ddm", grid="flow", clip=False, generator=None, 
     """From noise to image by `steps` calls net(x_t, t) -> (φ̂, ε̂). Yields (t, x_t, x̂₀) at each
     call, and (0, image, image) at the end.
 
-    solver: ddm, Algorithm 2, which is stochastic; ode, its deterministic step; ode2 and ode3, of
-    higher order as soon as there are calls enough. heads: raw (default for ddm, as printed) or
-    project (for the others). generator: of ddm's noise, one or a list of B. Raises ValueError.
+    solver: ddm, Algorithm 2 (its grid is uniform), stochastic; ode, its deterministic step; ode2
+    and ode3, of higher order as soon as there are calls enough. heads: raw (ddm's default, as
+    printed) or project (the others'). generator: of ddm's noise, one or a list of B. ValueError.
     """
     heads = heads or ("raw" if solver == "ddm" else "project")
     check_solver(solver, heads, h, clip)
@@ -310,7 +310,7 @@ def train(run):
         optimizer.zero_grad()
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        lr = s.lr * max((1 - step / s.iterations) ** 0.96, 0.1)                # ADM, Sec. V-A
+        lr = s.lr * max((1 - step / s.iterations) ** 0.96, 0.1)                # ADM, Table I
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         data.average(ema, net, s.ema, step)
@@ -352,7 +352,7 @@ PRESETS = {
 
 
 def network(s, channels):
-    """unet.UNet's arguments: an output of K·C channels for φ, one for ε, or one of the two."""
+    """unet.UNet's arguments: outputs of K·C channels, for φ, and of C, for ε, or one of the two."""
     k = ATTENUATIONS[s.h] * channels
     outputs = {"both": (k, channels), "x0": (k,), "eps": (channels,)}[s.predict]
     return dict(channels=channels, outputs=outputs, second=s.second, **unet.sizes(s))
@@ -395,7 +395,7 @@ def write_samples(run):
 def main(argv=None):
     """The command line. Exits with 2 for bad arguments, 1 for other problems, 130 for Ctrl-C."""
     run = data.open_run("ddm", __doc__, FLAGS | unet.FLAGS, SAMPLING, PRESETS, argv)
-    with data.refusals(), torch.device("meta"):               # what cannot be is said first
+    with data.refusals(), torch.device("meta"):               # refuse first what cannot be
         predictor(None, **meaning(run.settings))
         unet.UNet(**network(run.settings, 3))
         sampler(run)
@@ -438,7 +438,7 @@ def draw_other_phi(x0, h, generator=None):
     if h == "sine":
         return -x0.sign() * solve_sine(x0.abs())
     free = [data.randn(x0, generator) for _ in range(ATTENUATIONS[h] - 1)]
-    without_c = torch.cat([*free, 0 * x0], dim=1)             # of a t + c, c is -x₀ - a/2
+    without_c = torch.cat([*free, 0 * x0], dim=1)             # for a t + c, c is -x₀ - a/2
     return torch.cat([*free, image_of(without_c, h) - x0], dim=1)
 
 

@@ -17,8 +17,8 @@ T heads on one U-Net predict the noises of all T steps at once (here, by way of 
     x_δ, x̂_δ  x_delta, scale  [B, C, H, W]     the image scale e^{-γ x₀}, and G_θ's estimate of it
     -ln α     rate            [B, C, H, W]     γ x₀/T, so that α = x_δ^{1/T}; its `kept` is ᾱ_i
     j, T      j, T            whole numbers    the trajectory's steps, 1 ... T
-    i         i, times        numbers, [B]     where a step lies, i = place(j); t = i/T
-    ε̃_j       eps             [B, m, C, H, W]  the noise in x_j, all of one trajectory
+    i         i, times        numbers          where a step lies, i = place(j); t = i/T
+    ε̃_j       eps             [B, m, C, H, W]  the noise in m of the x_j, all of one trajectory
     Z^j       Z               [B, T, C, H, W]  the heads' estimates of them: Z[:, j-1] is Z^j
 
 Algorithm 1 does not reconstruct an image, not even from its true noises (see `reverse_walk`). So
@@ -41,7 +41,7 @@ import unet
 
 LOW = 4e-3                                     # the smallest pixel value: one of 0 would never fade
 GRIDS = {"quadratic": 2, "uniform": 1}         # step j lies at i = T (j/T)^p
-SPREAD = {"image": 0.1, "delta": 0.3}          # about the error of x̂_δ's image in training
+SPREAD = {"image": 0.1, "delta": 0.3}          # about the error of the image that x̂_δ names
 
 
 def like_image(i):
@@ -97,7 +97,7 @@ def added(rate, i):
 
 
 def place(j, T, grid="uniform"):
-    """Where step j lies: i = j (the paper), whose first step buries detail, or i = j²/T."""
+    """Where step j lies: i = j²/T; or i = j (the paper), where step 1 buries detail."""
     power = GRIDS[grid]
     return j ** power / T ** (power - 1)
 
@@ -116,7 +116,7 @@ def diffuse(x0, eps, i, gamma, T):
 
 
 def trajectory_noise(x0, gamma, T, generator=None, times=None):
-    """ε̃_1 ... ε̃_T of one trajectory: what all the heads learn. -> [B, T, C, H, W]
+    """ε̃_1 ... ε̃_T of one trajectory: what heads learn (--predict eps). -> [B, T, C, H, W]
 
     x_j/√ᾱ_j is x₀ + √u_j ε̃_j with u_j = (1 - ᾱ_j)/ᾱ_j. √u_j ε̃_j, of variance u_j, is the sum of
     independent steps: corr(ε̃_i, ε̃_j) = √(u_i/u_j) for i < j. times: [m] or [B, m], rising.
@@ -198,7 +198,7 @@ class ScaleVAE(nn.Module):
 
     The code is random numbers that say which image it is. The paper's code is made of x_i alone, so
     at T it knows nothing. A conditional VAE samples it from x_i and the truth in training; the KL
-    pulls a prior, which sees x_i alone, near to it, for sampling.
+    draws a prior, which sees x_i alone, to that code's law, for sampling.
     """
 
     def __init__(self, channels, size, width, code, conditional):
@@ -231,7 +231,7 @@ class ScaleVAE(nn.Module):
         mean, log_variance = self.prior(xi, emb)
         prior = mean, log_variance
         if self.posterior is None:
-            prior = torch.zeros_like(mean), torch.zeros_like(mean)
+            prior = torch.zeros_like(mean), torch.zeros_like(mean)           # the paper's, N(0, I)
         elif truth is not None:
             mean, log_variance = self.posterior(torch.cat([xi, truth], 1), emb)
         spread = (mean - prior[0]) ** 2 + log_variance.exp()
@@ -319,7 +319,7 @@ def read_scale(raw, scale, gamma):
 
 
 def guess(xi, rate, i, x0, spread):
-    """(mean, std) of the image given x_i, if it is N(x0, spread²). Heads name the rest."""
+    """(mean, std) of the image given x_i, by Bayes, from N(x0, spread²). Heads name the rest."""
     kept_i = kept(rate, i)
     added_i = added(rate, i)
     both = kept_i * spread ** 2 + added_i
@@ -331,7 +331,7 @@ def guess(xi, rate, i, x0, spread):
 def read_heads(raw, xi, rate, i, times, mean=None, std=None):
     """Z, 0 for steps beyond i. raw: the outputs [B, m, C, H, W] of the heads of `times` [m].
 
-    They are noises; or, with `guess`'s (mean, std), (image - mean)/std: Z^j is its noise then.
+    They are noises; or, with `guess`'s (mean, std), (image - mean)/std, from which Z^j follows.
     """
     if mean is not None:
         x0 = mean[:, None] + std[:, None] * raw
@@ -344,7 +344,7 @@ def read_heads(raw, xi, rate, i, times, mean=None, std=None):
 
 
 def head_weights(i, times, average="examples"):
-    """[B, m], to weigh each example's mean over its active heads, or ("heads") each head's mean."""
+    """[B, m]: to average over each example's active heads, or ("heads") each head's examples."""
     active = (times <= i[:, None]).float()
     if average == "examples":
         return active / active.sum(1, keepdim=True)
@@ -380,7 +380,7 @@ def reverse_walk(xi, n, x_delta, Z, T, mode="mean", generator=None, *, grid="uni
 
     mode "literal": Algorithm 1, with ᾱ under the root of line 9, where α is printed. Each Z^j was
     made for the forward path's x_j, and nothing brings x̂_j back to it: with the true ε̃_j it ends
-    √(2(e^{γ x₀} - 1)) away from the image (√(e^{γ x₀} - 1) without fresh noise). But a squared
+    about √(2(e^{γ x₀} - 1)) away from the image (√(e^{γ x₀} - 1) without fresh noise). A squared
     error teaches Z^j = E[ε̃_j | x_i, x̂_δ]; by these, without noise, it ends at the image, if x̂_δ
     is right. mode "mean" is that (line 9 is `posterior`'s mean), with x̂₀ kept in [LOW, 1].
     """
@@ -473,7 +473,7 @@ def sample(G, R, x, passes=1, **options):
 
 
 def pass_stops(passes, T, grid):
-    """The steps j = T (k/passes)² that passes begin at, and 0. Raises ValueError."""
+    """The steps j = T (k/passes)², at least k, that passes begin at, and 0. Raises ValueError."""
     if not 1 <= passes <= T or grid not in GRIDS:
         raise ValueError(f"a {grid} trajectory of {T} steps has no {passes} passes")
     return [max(round(T * (k / passes) ** 2), k) for k in range(passes, -1, -1)]
@@ -495,7 +495,7 @@ def train(run):
         i = place(j.float(), s.T, s.grid)
         heads = draw_heads(min(s.heads_per_step, s.T), s.T, g)
         times = place(heads.float(), s.T, s.grid)
-        learned = times if s.predict == "eps" else times[:0]
+        learned = times if s.predict == "eps" else times[:0]          # by x0 no noise is learned
         eps_i, eps = draw_trajectory(x0, i, learned, s.gamma, s.T, g)
         z = torch.randn(len(x0), s.code, generator=g, device=g.device)
         weights = head_weights(i, times, s.average)
@@ -513,7 +513,7 @@ def train(run):
 
 
 def draw_heads(m, T, generator):
-    """Head 1 and m - 1 others, with odds 1/√j, rising. (Small i needs the low heads alone.)"""
+    """Head 1 and m - 1 others, rising, by odds of 1/√j. (Small i needs the low heads alone.)"""
     rest = torch.arange(2, T + 1, device=generator.device)
     if m < T:
         chosen = torch.multinomial(rest ** -0.5, m - 1, generator=generator)
@@ -588,7 +588,7 @@ def sampler(run):
 
 
 def wide(x):
-    """x in float64, where there is one: the last digits of x̂_j are e^{-γ/2} times the image."""
+    """x in float64, where there is one: of a white pixel x_T has e^{-γ/2} alone."""
     return x if x.device.type == "mps" else x.double()
 
 
@@ -607,7 +607,7 @@ def write_samples(run):
 def main(argv=None):
     """The command line. Exits with 2 for bad arguments, 1 for other problems, 130 for Ctrl-C."""
     run = data.open_run("pixel_aware", __doc__, FLAGS | unet.FLAGS, SAMPLING, PRESETS, argv)
-    with data.refusals(), torch.device("meta"):               # what cannot be is said first
+    with data.refusals(), torch.device("meta"):               # refuse first what cannot be
         PixelAware(**network(run.settings, 3))
         sampler(run)
     if run.args.train:

@@ -1,4 +1,4 @@
-"""The compact U-Net that the four method scripts share: an encoder, a middle, a decoder an output.
+"""The compact U-Net that the four method scripts share: an encoder, a middle, a decoder per output.
 
 Two of the papers ask a network for two things at once, the image and the noise. So this U-Net
 returns a tuple, with one tensor for each thing that it is asked for:
@@ -22,10 +22,10 @@ The sizes are those of CIFAR-10 with mult=(1, 2, 2, 2). With second="decoder" (A
 has only two 3x3 convolutions on the feature map before the first output layer. The paper prints
 "stride 2" for them, which could not give an image of the input's size; here they have stride 1.
 
-With width=128, blocks=2 and one output this is DDPM's CIFAR-10 network (35.7 M parameters), but
-for two differences. Time enters behind a block's second norm and not before it, because a norm
-removes what is added evenly to its whole group, and in narrow networks a group is only a few
-channels. And attention has one head for every 64 channels, where DDPM has a single head.
+With width=128, blocks=2 and one output this is DDPM's CIFAR-10 network (35.7 M parameters), but for
+its initial weights and two differences. Time enters behind a block's second norm and not before it,
+because a norm removes what is added evenly to its whole group, and in narrow networks a group is
+only a few channels. And attention has one head for every 64 channels, where DDPM has a single head.
 """
 
 import math
@@ -36,7 +36,7 @@ from torch import nn
 
 
 def norm(channels):
-    """GroupNorm of at most 32 groups, each of at least 4 channels: one would lose its mean."""
+    """GroupNorm of at most 32 groups, each of at least 4 channels: of 1 it would lose its mean."""
     groups = [g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4]
     return nn.GroupNorm(max(groups), channels)
 
@@ -53,8 +53,8 @@ def conv(c_in, c_out, kernel=3, stride=1, zero=False):
 def time_embedding(t, dim):
     """Sinusoids of continuous time, in t's precision: t [B] in [0, 1] -> [B, dim].
 
-    t is scaled to DDPM's 0 to 1000. In those units the periods grow geometrically from 2π to 2π·10⁴
-    (Vaswani et al. 2017), so t and t + .001 differ as neighbouring steps of DDPM do.
+    t is scaled to DDPM's 0 to 1000. In those units the periods grow from 2π towards 2π·10⁴ by equal
+    factors (Vaswani et al. 2017), so t and t + .001 differ as neighbouring steps of DDPM do.
     """
     i = torch.arange(dim // 2, dtype=t.dtype, device=t.device)
     frequencies = torch.exp(-math.log(1e4) * i / (dim // 2))
@@ -224,7 +224,7 @@ class UNet(nn.Module):
         return Decoder(*arguments)
 
     def features(self, x, t, condition=None):
-        """What the heads are made of: each decoder's [B, width, H, W], in a list. ValueError."""
+        """The heads' inputs: each decoder's [B, width, H, W], in a list. ValueError."""
         stride = 2 ** len(self.down)
         height, width = x.shape[-2:]
         if height % stride or width % stride:
