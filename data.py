@@ -35,10 +35,10 @@ class Problem(Exception):
 
 
 def command(main):
-    """Decorator of a script's main(argv=None): what a user can cause is a sentence on stderr."""
+    """Decorator of a script's main(argv=None): a user's mistake becomes a sentence on stderr."""
     @functools.wraps(main)
     def wrapped(argv=None):
-        with contextlib.suppress(AttributeError):             # of a closed one, or a notebook's
+        with contextlib.suppress(AttributeError):             # if it is closed, or a notebook's
             sys.stdout.reconfigure(errors="replace")          # some terminals cannot print x̂₀
         try:
             return main(argv)
@@ -228,7 +228,7 @@ def convert(path, items, read, shape=None):
 
 
 def shapes(n, size, seed=0, ground=(16, 20, 40), colours=COLOURS):
-    """The embedded dataset: a disk, ring, square, triangle or cross an image, [n, 3, S, S]."""
+    """The embedded dataset: images of a disk, ring, square, triangle or cross, [n, 3, S, S]."""
     random, big = np.random.default_rng(seed), 4 * size       # drawn large, then averaged down
     images = np.empty((n, 3, size, size), np.uint8)
     for i in range(n):
