@@ -121,7 +121,7 @@ def predictor(net, predict="both", precondition=True, sigma_data=0.5, h="constan
     if precondition and h != "constant":
         raise ValueError(f"preconditioned outputs are not for --h {h}: add --no-precondition")
     if predict == "eps" and not precondition:
-        raise ValueError("of ε alone, the image at t = 1 is 0/0: take --precondition, h constant")
+        raise ValueError("of ε alone, x̂₀ at t = 1 is 0/0: take --precondition and --h constant")
 
     def model(x, t):
         keep = like_image(1 - t)
