@@ -1646,10 +1646,9 @@ def test_places_and_images_of_a_run_are_its_own(cli, monkeypatch):
 
 
 def test_run_goes_on_with_its_own_settings_alone(cli):
-    """Catches a start anew, a silent overwrite, and another script's weights that happen to fit."""
-    os.mkdir("mine")
-    np.save("mine/cifar10-train-8.npy", np.zeros((9, 3, 8, 8), np.uint8))
-    cli(ddm, tiny(ddm, 4, "--train --dataset cifar10 --data-dir mine --run r"))
+    """Catches a start anew, a silent overwrite, another script's weights, and samples of old ones."""
+    np.save("cifar10-train-8.npy", np.zeros((9, 3, 8, 8), np.uint8))
+    cli(ddm, tiny(ddm, 4, "--train --dataset cifar10 --data-dir . --run r"))
     good = pathlib.Path("r/checkpoint.pt").read_bytes()
     assert "had its 4 steps" in cli(ddm, "--train --run r")
     said = cli(ddm, "--train --run r --width 16 --lr 0.5", 2)
@@ -1659,7 +1658,10 @@ def test_run_goes_on_with_its_own_settings_alone(cli):
         assert "is no run of" in cli(other, f"--{what} --run r", 1)
     cli(ddm, "--sample --run r --seed 9 --n 1 --steps 1")     # the samples' seed is free
     assert pathlib.Path("r/checkpoint.pt").read_bytes() == good
-    cli(ddm, "--train --iterations 5 --run r")
+    cli(ddm, "--train --iterations 5 --sample --n 4 --steps 2 --run r")
+    drawn = pathlib.Path("r/samples.png").read_bytes()
+    cli(ddm, "--sample --n 4 --steps 2 --run r")
+    assert pathlib.Path("r/samples.png").read_bytes() == drawn
     assert [json.loads(line)["step"] for line in open("r/log.jsonl")] == [4, 5]
 
 
