@@ -1031,11 +1031,11 @@ def test_pixel_aware_networks_see_what_they_should(vae, scale):
     net, xi, t, z, truth = tiny_model(vae=vae, scale=scale)
     heads = torch.arange(1, 7)
     bright = kept(1 - truth / 20, 20)
+    given = []
+    net.parallel.H.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1]))
     outputs = net.parallel(xi, bright, t, heads)
-    for others in (
-            (xi.flip(0), bright, t),
-            (xi, bright.flip(0), t),
-            (xi, bright, t.flip(0))):
+    close(given[0], 2 * torch.cat([bright, 1 - truth / 20], 1) - 1, 1e-5)    # both in [-1, 1]
+    for others in ((xi.flip(0), bright, t), (xi, bright.flip(0), t), (xi, bright, t.flip(0))):
         assert not outputs.allclose(net.parallel(*others, heads))
     raw, kl, shown, outputs = net(xi, t, z, truth, heads)
     close(shown, pixel_aware.read_scale(raw.detach(), scale, 20))
