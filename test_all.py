@@ -1646,7 +1646,7 @@ def test_places_and_images_of_a_run_are_its_own(cli, monkeypatch):
 
 
 def test_run_goes_on_with_its_own_settings_alone(cli):
-    """Catches a start anew, a silent overwrite, another script's weights, and samples of old ones."""
+    """Catches a start anew, a silent overwrite, another script's weights, and old samples."""
     np.save("cifar10-train-8.npy", np.zeros((9, 3, 8, 8), np.uint8))
     cli(ddm, tiny(ddm, 4, "--train --dataset cifar10 --data-dir . --run r"))
     good = pathlib.Path("r/checkpoint.pt").read_bytes()
